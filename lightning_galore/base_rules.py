@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of the optimizers that can be wrapped: how they decay, what they read, which are refused."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_galore import storage
+
+Decay = Literal["decoupled", "coupled", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRule:
+    """How one family of optimizers behaves.
+
+    Args:
+        decay: ``decoupled`` shrinks the weight, ``coupled`` adds ``weight_decay * W`` to the gradient (L2 penalty).
+        reads_rms: The step is relative to the weight's root mean square, which a zero proxy does not have.
+    """
+
+    decay: Decay
+    reads_rms: bool = False
+
+
+COUPLED, DECOUPLED = BaseRule(decay="coupled"), BaseRule(decay="decoupled")
+# By class name; a subclass follows its parent. torch's Adam family also says in the group which of the two it does.
+RULES: dict[str, BaseRule] = {
+    "Adadelta": COUPLED,
+    "Adafactor": BaseRule(decay="decoupled", reads_rms=True),
+    "Adagrad": COUPLED,
+    "Adam": COUPLED,
+    "AdamW": DECOUPLED,
+    "Adamax": COUPLED,
+    "AdEMAMix": DECOUPLED,
+    "Lion": DECOUPLED,
+    "Muon": DECOUPLED,
+    "NAdam": COUPLED,
+    "RAdam": COUPLED,
+    "RMSprop": COUPLED,
+    "Rprop": BaseRule(decay="none"),
+    "SGD": COUPLED,
+}
+# bitsandbytes' kernels decay Adam's weights as AdamW does.
+BITSANDBYTES_DECOUPLED = {"Adam", "AdamW", "Lion", "AdEMAMix"}
+
+_READS_VALUE = "it reads the weight's value, which a low-rank update does not have"
+_READS_NORM = "it scales its step by the weight's norm, which a low-rank update does not have"
+REFUSED: dict[str, str] = {
+    "LBFGS": "it evaluates the loss several times in one step",
+    "SparseAdam": "it takes row-sparse gradients, which have no matrix to project",
+    "ASGD": _READS_VALUE,
+    "AdamWScheduleFree": _READS_VALUE,
+    "SGDScheduleFree": _READS_VALUE,
+    "RAdamScheduleFree": _READS_VALUE,
+    "Prodigy": _READS_VALUE,
+    "DAdaptAdam": _READS_VALUE,
+    "DAdaptSGD": _READS_VALUE,
+    "LAMB": _READS_NORM,
+    "LARS": _READS_NORM,
+    "Lamb": _READS_NORM,
+    "Lars": _READS_NORM,
+    "SAM": "it evaluates the loss twice in one step",
+}
+LOW_RANK_PACKAGES = ("galore_torch", "q_galore_torch", "apollo_torch", "ldadamw_torch")
+
+
+def _names(base: Optimizer) -> list[str]:
+    """Class names along the MRO, without the words that say only how the state is kept."""
+    names = [cls.__name__ for cls in type(base).__mro__]
+    for word in ("Paged", "8bit", "32bit", "4bit", "Fp8"):
+        names = [name.replace(word, "") for name in names]
+    return names
+
+
+def check_base(base: Optimizer) -> None:
+    """Refuse, by name, what cannot be wrapped; warn of what is not known.
+
+    Raises:
+        TypeError: If ``base`` is no torch optimizer.
+        ValueError: If it is one that low-rank updates would silently break.
+    """
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
+    name = type(base).__name__
+    for known in _names(base):
+        if known in REFUSED:
+            raise ValueError(
+                f"base={name} cannot be wrapped: {REFUSED[known]}. Use torch.optim.AdamW, SGD or another one."
+            )
+    if type(base).__module__.split(".")[0] in LOW_RANK_PACKAGES and any("rank" in group for group in base.param_groups):
+        raise ValueError(
+            f"base={name} of {type(base).__module__} projects by itself where a param group has a rank. "
+            "Give the same groups to torch.optim.AdamW instead; their keys keep their meaning here."
+        )
+    for group in base.param_groups:
+        for key in ("capturable", "differentiable"):
+            if group.get(key):
+                raise ValueError(
+                    f"base={name} with {key}=True cannot be wrapped: proxies are made anew. Set {key}=False."
+                )
+        check_decay(base, group)
+    max_unorm = getattr(getattr(base, "args", None), "max_unorm", 0.0)
+    if max_unorm and max_unorm > 0:
+        raise ValueError(f"base={name} with max_unorm={max_unorm} cannot be wrapped: {_READS_NORM}. Set max_unorm=0.")
+    if rule(base) is None:
+        warnings.warn(
+            f"base={name} is not among the optimizers known to work with low-rank gradients "
+            f"({', '.join(RULES)}). Its step must depend on gradients only, never on the weight's value.",
+            stacklevel=3,
+        )
+
+
+def rule(base: Optimizer) -> BaseRule | None:
+    """What is known of ``base``'s family, or None."""
+    return next((RULES[name] for name in _names(base) if name in RULES), None)
+
+
+def reads_rms(base: Optimizer) -> bool:
+    """Whether the step is relative to the weight's root mean square (Adafactor, arXiv 1804.04235, algorithm 4)."""
+    known = rule(base)
+    return known is not None and known.reads_rms
+
+
+def decay_kind(base: Optimizer, group: Mapping[str, Any]) -> Decay | None:
+    """How ``base`` applies the group's ``weight_decay``, or None when that is not known."""
+    if "decoupled_weight_decay" in group:
+        return "decoupled" if group["decoupled_weight_decay"] else "coupled"
+    from_bitsandbytes = any(cls.__module__.startswith("bitsandbytes") for cls in type(base).__mro__)
+    if from_bitsandbytes and BITSANDBYTES_DECOUPLED & set(_names(base)):
+        return "decoupled"
+    known = rule(base)
+    return known.decay if known else None
+
+
+def check_decay(base: Optimizer, group: Mapping[str, Any]) -> None:
+    """Refuse a weight decay of which nobody can say whether it acts on the weight or on the gradient.
+
+    Raises:
+        ValueError: If the kind is unknown, or the learning rate that it needs is not in the group.
+    """
+    decay = group.get("weight_decay")
+    if not decay:
+        return
+    kind = decay_kind(base, group)
+    if kind is None:
+        raise ValueError(
+            f"weight_decay={decay!r}: whether {type(base).__name__} decouples it from the gradient is not known. "
+            "Add decoupled_weight_decay=True or False to its param groups, or set weight_decay=0."
+        )
+    if kind == "decoupled" and group.get("lr") is None:
+        raise ValueError(
+            f"lr=None with weight_decay={decay!r}: the decay of the full weight needs a learning rate. Set lr."
+        )
+
+
+def lift_factor(group: Mapping[str, Any], shape: tuple[int, int], low_shape: tuple[int, int]) -> float:
+    """Factor that corrects a learning rate adjusted to the shape of the proxy, not to the weight's (torch's Muon).
+
+    Args:
+        group: The param group; only Muon's has ``adjust_lr_fn``.
+        shape: ``(m, n)`` of the weight.
+        low_shape: Shape of its proxy.
+    """
+    if "adjust_lr_fn" not in group:
+        return 1.0
+    # The two rules of torch.optim.Muon: "original" and "match_rms_adamw".
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        return math.sqrt(max(shape) / max(low_shape))
+    return math.sqrt(max(1.0, shape[0] / shape[1]) / max(1.0, low_shape[0] / low_shape[1]))
+
+
+def shrink_eager_state(base: Optimizer, param: Tensor, low_shape: tuple[int, int]) -> None:
+    """Give state that an optimizer made in its constructor (Adagrad) the low-rank shape.
+
+    Raises:
+        ValueError: If the state is not constant: the optimizer has already been stepped at full rank.
+    """
+    state = base.state.get(param)
+    for key, value in list((state or {}).items()):
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            continue
+        constant = value.flatten()[0]
+        if not bool((value == constant).all()):
+            raise ValueError(
+                f"base={type(base).__name__} has already been stepped: its state {key!r} of shape "
+                f"{tuple(value.shape)} is full-rank. Wrap a fresh optimizer, or load a checkpoint after wrapping."
+            )
+        base.state[param][key] = constant.expand(low_shape).clone()
+
+
+def probe_state(base: Optimizer, group: Mapping[str, Any], shape: tuple[int, int], like: Tensor) -> int:
+    """Bytes of the state that ``base`` keeps for a parameter of ``shape``, found by stepping one and looking.
+
+    A shadow of the optimizer takes the step: it shares the settings, but has its own groups, state and hooks, so the
+    user's object notices nothing.
+
+    Args:
+        base: The wrapped optimizer.
+        group: The param group whose settings hold.
+        shape: Shape of the proxy.
+        like: Gives the dtype and the device.
+    """
+    shadow = object.__new__(type(base))
+    shadow.__dict__.update(base.__dict__)
+    shadow.__dict__.pop("step", None)  # a scheduler's patch, which would count this step
+    proxy = torch.nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+    proxy.grad = torch.zeros_like(proxy)
+    shadow.state = defaultdict(dict)
+    shadow.param_groups = [{**group, "params": [proxy]}]
+    if hasattr(shadow, "is_paged"):  # bitsandbytes never frees what it pages; ordinary tensors of the same size will do
+        shadow.is_paged = False
+    shadow._optimizer_step_pre_hooks = type(base._optimizer_step_pre_hooks)()
+    shadow._optimizer_step_post_hooks = type(base._optimizer_step_post_hooks)()
+    with torch.no_grad():
+        shadow.step(closure=None)
+    return storage.nbytes(shadow.state[proxy])

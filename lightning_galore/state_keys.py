@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept for a projected weight, under which keys, and how it is checked and loaded.
+
+The keys stand beside the wrapped optimizer's own in ``optimizer.state[param]``. Tensors and python numbers only:
+anything else would not load with ``weights_only=True``, and torch casts a counter that is a tensor to the parameter's
+dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_galore.schedule import RefreshRecord
+from lightning_galore.subspace import SIDE_CODES, Projection
+from lightning_galore.targets import Target
+
+PREFIX = "galore_"
+BASIS = "galore_basis"  # (d, r); the left one for side "full"
+BASIS_RIGHT = "galore_basis_right"  # (n, r), only for side "full"
+SIDE = "galore_side"  # a number of SIDE_CODES
+STEP = "galore_step"  # updates of this weight done so far
+REFRESHED_AT = "galore_refreshed_at"  # step of the last refresh, -1 while the basis is a stand-in
+REFRESHES = "galore_refreshes"
+FAILURES = "galore_failures"  # refreshes that were due and found no basis
+OVERLAP = "galore_overlap"  # of the last two bases, -1.0 before the second refresh
+
+
+def is_ours(key: str) -> bool:
+    """Whether a key of a parameter's state belongs to the subspace, not to the wrapped optimizer."""
+    return isinstance(key, str) and key.startswith(PREFIX)
+
+
+class WeightState:
+    """Reads and writes the subspace's keys in one weight's state; holds nothing itself.
+
+    Args:
+        state: ``optimizer.state[param]``.
+        projection: The weight's geometry.
+    """
+
+    def __init__(self, state: dict[str, Any], projection: Projection) -> None:
+        self._state = state
+        self._projection = projection
+        state.setdefault(SIDE, SIDE_CODES[projection.side])
+        for key, start in ((STEP, 0), (REFRESHED_AT, -1), (REFRESHES, 0), (FAILURES, 0), (OVERLAP, -1.0)):
+            state.setdefault(key, start)
+
+    @property
+    def step(self) -> int:
+        """Updates of this weight done so far."""
+        return int(self._state[STEP])
+
+    @property
+    def refreshed_at(self) -> int:
+        """Step of the last refresh, -1 when none has succeeded."""
+        return int(self._state[REFRESHED_AT])
+
+    @property
+    def num_refreshes(self) -> int:
+        """Refreshes that succeeded."""
+        return int(self._state[REFRESHES])
+
+    @property
+    def has_bases(self) -> bool:
+        """Whether there is a basis at all, found or stand-in."""
+        return BASIS in self._state
+
+    @property
+    def bases(self) -> tuple[Tensor, ...]:
+        """The stored bases, of ``projection.basis_shapes``."""
+        return tuple(self._state[key] for key in basis_keys(self._projection))
+
+    def record(self, gap: int) -> RefreshRecord:
+        """What a schedule may know."""
+        return RefreshRecord(
+            refreshed_at=self.refreshed_at, num_refreshes=self.num_refreshes, gap=gap, overlap=self._state[OVERLAP]
+        )
+
+    def set_bases(self, bases: Sequence[Tensor], *, refreshed: bool, overlap: float = -1.0) -> None:
+        """Keep new bases; ``refreshed`` is False for a stand-in, which is replaced as soon as a gradient allows."""
+        self._state.update(zip(basis_keys(self._projection), bases, strict=True))
+        if refreshed:
+            self._state[REFRESHED_AT] = self.step
+            self._state[REFRESHES] += 1
+            self._state[OVERLAP] = overlap
+
+    def count_step(self) -> None:
+        """One update more."""
+        self._state[STEP] += 1
+
+    def count_failure(self) -> None:
+        """One refresh more that found no basis."""
+        self._state[FAILURES] += 1
+
+
+def basis_keys(projection: Projection) -> tuple[str, ...]:
+    """Keys of the bases, in the order of ``projection.basis_shapes``."""
+    return (BASIS, BASIS_RIGHT) if projection.side == "full" else (BASIS,)
+
+
+def check_loadable(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], targets: Mapping[Tensor, Target]
+) -> None:
+    """Refuse, before anything is changed, a state that does not fit the targets.
+
+    Raises:
+        ValueError: With the weight's name, what was saved, what is wanted and what to do.
+    """
+    for param, saved in _saved_states(state_dict, param_groups):
+        target = targets.get(param)
+        if target is None and BASIS in saved:
+            raise ValueError(
+                f"A weight of shape {tuple(param.shape)} was projected with rank {saved[BASIS].shape[1]} in the "
+                "checkpoint and is not now. Set rank, target_modules and ignore_modules as in that run, or load its "
+                "weights only."
+            )
+        if target is None or not saved:
+            continue
+        if "projector" in saved:
+            raise ValueError(
+                f"The checkpoint's state of {target.name} was written by galore_torch. "
+                "Convert it first: lightning-galore convert OLD NEW."
+            )
+        if BASIS not in saved:
+            raise ValueError(
+                f"The checkpoint holds no subspace for {target.name}: its optimizer state is full-rank. Load its "
+                "weights only (Module.load_from_checkpoint) and start a new run, or resume it without GaLore."
+            )
+        _check_geometry(saved, target)
+
+
+def _check_geometry(saved: Mapping[str, Any], target: Target) -> None:
+    projection = target.projection
+    names = {code: side for side, code in SIDE_CODES.items()}
+    side = names.get(saved.get(SIDE, -1), "unknown")
+    rank = saved[BASIS].shape[1]
+    shapes = tuple(tuple(saved[key].shape) for key in basis_keys(projection) if key in saved)
+    if side == projection.side and shapes == projection.basis_shapes:
+        return
+    raise ValueError(
+        f"The checkpoint's subspace of {target.name} has rank={rank}, side={side} and bases {shapes}; this run has "
+        f"rank={projection.rank}, side={projection.side} and bases {projection.basis_shapes}. Set rank={rank} and the "
+        "proj_type of that run, or load its weights only (Module.load_from_checkpoint) and start a new run."
+    )
+
+
+def restore_dtypes(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Give each state tensor the dtype that it was saved in: torch casts all but ``step`` to the parameter's dtype.
+
+    In place of cast values, which may have lost digits (fp32 moments of a bf16 weight) or their meaning (8-bit codes).
+    """
+    for param, saved in _saved_states(state_dict, param_groups):
+        for key, value in saved.items():
+            loaded = state[param].get(key)
+            if (
+                isinstance(value, Tensor)
+                and isinstance(loaded, Tensor)
+                and value.dtype != loaded.dtype
+                and key != "step"
+            ):
+                state[param][key] = value.to(loaded.device, copy=True)
+
+
+def _saved_states(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Parameters with their saved state. Groups of other sizes are left to torch, which refuses them with a message."""
+    for group, saved_group in zip(param_groups, state_dict["param_groups"], strict=False):
+        for param, index in zip(group["params"], saved_group["params"], strict=False):
+            saved = state_dict["state"].get(index)
+            if saved:
+                yield param, saved

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wiring of low-rank training into the Trainer: wrap what ``configure_optimizers`` returned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_galore.config import (
+    BasisStorage,
+    GaLoreConfig,
+    LiftName,
+    Method,
+    ProjType,
+    ScheduleName,
+    SubspaceName,
+)
+from lightning_galore.optimizer import GaLoreOptimizer
+from lightning_galore.targets import NoTargetsError, TargetTable
+
+log = logging.getLogger(__name__)
+
+BaseName = Literal["auto", "single_device"]
+
+
+class GaLoreStrategy(Strategy):
+    """Low-rank gradient training in one line: ``Trainer(strategy=GaLoreStrategy(rank=256))``.
+
+    Your LightningModule, its optimizer, schedulers and callbacks stay as they are: the strategy wraps every optimizer
+    that ``configure_optimizers`` returns in a :class:`~lightning_galore.GaLoreOptimizer`. An instance becomes a
+    real Lightning strategy (``GaLoreSingleDeviceStrategy``) once the Trainer knows its devices. It is also registered
+    as ``strategy="galore"`` when ``lightning_galore`` is imported.
+
+    Args:
+        rank: Width of the gradient subspace.
+        update_proj_gap: Optimizer steps between two refreshes of a weight's subspace.
+        scale: Factor on the projected-back update.
+        proj_type: Which side is projected: std, reverse_std, left, right or full.
+        target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
+        ignore_modules: Modules to leave out.
+        method: A preset by name; settings that you name win over it.
+        subspace: How a basis is found: randomized, svd, gaussian or random_orthonormal.
+        schedule: When a basis is refreshed.
+        lift: How the low-rank update becomes a weight update.
+        basis_storage: Data type in which a basis is kept.
+        fix_signs: Fix the arbitrary signs of singular vectors.
+        dense_lr_factor: Factor on the learning rate of the weights that are not projected.
+        seed: Seed of the random subspaces.
+        base: The Lightning strategy to run on; "auto" picks by the Trainer's devices.
+        **kwargs: Arguments of that Lightning strategy.
+
+    Raises:
+        ValueError: If a setting is out of range; the message names it, its value and the remedy.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(strategy=GaLoreStrategy(rank=8), accelerator="cpu", logger=False)
+        >>> type(trainer.strategy).__name__
+        'GaLoreSingleDeviceStrategy'
+    """
+
+    config: GaLoreConfig
+
+    def __init__(
+        self,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjType = "std",
+        target_modules: str | type | Sequence[str | type] = "all-linear",
+        ignore_modules: str | type | Sequence[str | type] = (),
+        method: Method | None = None,
+        subspace: SubspaceName = "auto",
+        schedule: ScheduleName = "fixed",
+        lift: LiftName = "project_back",
+        basis_storage: BasisStorage = "param",
+        fix_signs: bool = True,
+        dense_lr_factor: float = 1.0,
+        seed: int = 0,
+        base: BaseName = "auto",
+        **kwargs: Any,
+    ) -> None:
+        # Here and not in __new__: jsonargparse would read the signature of that one.
+        if type(self) is GaLoreStrategy:
+            self.__class__ = _concrete_class(base, kwargs)
+        super().__init__(**kwargs)
+        self.config = GaLoreConfig(
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+            target_modules=target_modules,
+            ignore_modules=ignore_modules,
+            method=method,
+            subspace=subspace,
+            schedule=schedule,
+            lift=lift,
+            basis_storage=basis_storage,
+            fix_signs=fix_signs,
+            dense_lr_factor=dense_lr_factor,
+            seed=seed,
+        )
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Let Lightning run ``configure_optimizers`` and normalise what it returned, then wrap each optimizer.
+
+        Only here, and not around ``configure_optimizers``: Lightning checks that every scheduler holds an optimizer
+        that was returned. The schedulers keep the user's object, whose param groups are those of the wrapper.
+        """
+        super().setup_optimizers(trainer)
+        unwrapped: list[NoTargetsError] = []
+        wrapped = [self._wrap(optimizer, unwrapped) for optimizer in self.optimizers]
+        galore = [optimizer for optimizer in wrapped if isinstance(optimizer, GaLoreOptimizer)]
+        if unwrapped and not galore:
+            raise unwrapped[0]
+        for error in unwrapped:
+            rank_zero_warn(f"One of the optimizers has no weight to project and stays as it is. {error}")
+        self.optimizers = wrapped
+        for optimizer in galore:
+            table = optimizer.targets_table()
+            rank_zero_info(f"GaLore: {table.summary()}")
+            log.debug("%s", table)
+            _warn_of_small_weights(table, self.config.rank)
+
+    def targets_tables(self) -> list[TargetTable]:
+        """The table of every parameter, one for each wrapped optimizer; empty before ``fit``."""
+        return [optimizer.targets_table() for optimizer in self.optimizers if isinstance(optimizer, GaLoreOptimizer)]
+
+    def _wrap(self, optimizer: Optimizer, unwrapped: list[NoTargetsError]) -> Optimizer:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        if isinstance(optimizer, (GaLoreOptimizer, _MockOptimizer)):
+            return optimizer
+        try:
+            return GaLoreOptimizer(optimizer, self.lightning_module, self.config)
+        except NoTargetsError as error:
+            unwrapped.append(error)
+            return optimizer
+
+    # What Strategy leaves abstract comes from the Lightning strategy that follows in the MRO of every instance's class.
+    # Spelled out so that this class counts as concrete: for type checkers, and for LightningCLI as a class_path.
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return super().root_device  # type: ignore[safe-super]
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return super().is_global_zero  # type: ignore[safe-super]
+
+    @override
+    def model_to_device(self) -> None:
+        super().model_to_device()  # type: ignore[safe-super]
+
+    @override
+    def reduce(self, tensor: Tensor | Any, *args: Any, **kwargs: Any) -> Tensor | Any:
+        return super().reduce(tensor, *args, **kwargs)  # type: ignore[safe-super]
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        super().barrier(name)  # type: ignore[safe-super]
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return super().broadcast(obj, src)  # type: ignore[safe-super]
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, group, sync_grads)  # type: ignore[safe-super]
+
+
+def _concrete_class(base: str, kwargs: Mapping[str, Any]) -> type[GaLoreStrategy]:
+    from lightning_galore.strategies.single_device import GaLoreAutoStrategy, GaLoreSingleDeviceStrategy
+
+    classes: dict[str, type[GaLoreStrategy]] = {"auto": GaLoreAutoStrategy, "single_device": GaLoreSingleDeviceStrategy}
+    if base not in classes:
+        raise ValueError(f"base={base!r} is not known; choose one of {', '.join(map(repr, classes))}.")
+    # A device named by the user leaves nothing to pick.
+    return classes["single_device" if "device" in kwargs else base]
+
+
+def _warn_of_small_weights(table: TargetTable, rank: int) -> None:
+    small = [row.name for row in table.rows if "nothing would be saved" in row.reason]
+    if small:
+        rank_zero_warn(
+            f"rank={rank}: {len(small)} selected weights are no larger than the rank and stay full-rank "
+            f"({', '.join(small[:4])}{', ...' if len(small) > 4 else ''}). Lower the rank to project them too."
+        )
+
+
+def refuse_many_devices(devices: Sequence[torch.device], num_nodes: int, world_size: int) -> None:
+    """Say that several devices are not supported, before the run starts on one of them as if it were all.
+
+    Raises:
+        MisconfigurationException: If there is more than one device, node or process.
+    """
+    if len(devices) > 1 or num_nodes > 1 or world_size > 1:
+        raise MisconfigurationException(
+            f"GaLoreStrategy runs on one device; the Trainer has devices={len(devices)}, num_nodes={num_nodes} and "
+            f"{world_size} launched process(es). Set devices=1 and num_nodes=1."
+        )

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights are projected, and why each was taken or not: the table that the user sees."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_galore.config import CLASS_PREFIX, GaLoreConfig
+from lightning_galore.subspace import Projection, resolve_side
+
+# What the last layer is called in Transformers, timm, torchvision and fairseq; compared with whole parts of a name.
+HEAD_NAMES = frozenset(
+    {
+        "lm_head",
+        "classifier",
+        "score",
+        "head",
+        "heads",
+        "qa_outputs",
+        "cls",
+        "embed_out",
+        "output_projection",
+        "pre_classifier",
+    }
+)
+
+
+class NoTargetsError(ValueError):
+    """No weight at all would be projected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A weight that is projected.
+
+    Args:
+        name: The parameter's name in the model, without what ``torch.compile`` adds.
+        projection: Its side, rank and shapes.
+    """
+
+    name: str
+    projection: Projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRow:
+    """One parameter of the table: taken with a target, or left full-rank for a reason."""
+
+    name: str
+    shape: tuple[int, ...]
+    target: Target | None
+    reason: str = ""
+    state_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    """Every parameter with what happens to it; ``str`` of it is a readable table."""
+
+    rows: tuple[TargetRow, ...]
+
+    @property
+    def taken(self) -> list[TargetRow]:
+        """The projected weights."""
+        return [row for row in self.rows if row.target]
+
+    @override
+    def __str__(self) -> str:
+        lines = [("parameter", "shape", "side", "rank", "state bytes", "why not")]
+        for row in self.rows:
+            projection = row.target.projection if row.target else None
+            lines.append(
+                (
+                    row.name,
+                    "x".join(map(str, row.shape)) or "scalar",
+                    projection.side if projection else "-",
+                    str(projection.rank) if projection else "-",
+                    "-" if row.state_bytes is None else f"{row.state_bytes:,}",
+                    row.reason,
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], self.summary()])
+
+    def summary(self) -> str:
+        """One line: how much is projected, and what its state takes."""
+        weights = sum(math.prod(row.shape) for row in self.taken)
+        total = sum(math.prod(row.shape) for row in self.rows)
+        text = f"{len(self.taken)} of {len(self.rows)} parameters are projected, {weights:,} of {total:,} entries"
+        held = [row.state_bytes for row in self.taken if row.state_bytes is not None]
+        return f"{text}; low-rank state {sum(held) / 2**20:,.2f} MiB." if held else f"{text}."
+
+
+def clean_name(name: str) -> str:
+    """A module's or parameter's name without the wrapper that ``torch.compile`` puts around a module."""
+    return name.replace("_orig_mod.", "")
+
+
+class Selector:
+    """Answers, for each parameter, whether it is projected and why not.
+
+    Args:
+        model: Gives the names and classes of modules; without it only param-group keys select.
+        config: What is asked for.
+    """
+
+    def __init__(self, model: nn.Module | None, config: GaLoreConfig) -> None:
+        self.config = config
+        self.names: dict[Tensor, str] = {}
+        self.matched: set[Tensor] = set()
+        self.ignored: set[Tensor] = set()
+        self.heads: set[Tensor] = set()
+        self.embeddings: set[Tensor] = set()
+        modules = [(clean_name(name), module) for name, module in model.named_modules()] if model is not None else []
+        self.linear_names = [name for name, module in modules if isinstance(module, nn.Linear)]
+        output_modules = set(_output_embeddings(module for _, module in modules))
+        for name, module in modules:
+            own = [param for param in module._parameters.values() if param is not None]
+            for local, param in module._parameters.items():
+                if param is not None:
+                    self.names.setdefault(param, f"{name}.{local}".lstrip("."))
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                self.embeddings.update(own)
+            if module in output_modules or not HEAD_NAMES.isdisjoint(name.split(".")):
+                self.heads.update(own)
+            if _matches(config.target_modules, name, module, "target_modules"):
+                self.matched.update(own)
+            if _matches(config.ignore_modules, name, module, "ignore_modules"):
+                self.ignored.update(own)
+
+    def select(self, param: Tensor, group: Mapping[str, Any], fallback_name: str) -> tuple[Target | None, str]:
+        """The target of ``param``, or None and the reason.
+
+        Args:
+            param: A parameter of the optimizer.
+            group: Its param group; the keys ``rank`` and ``proj_type`` win over the configuration, and a ``rank`` there
+                selects every matrix of the group (``None`` selects none).
+            fallback_name: Name of a parameter that the model does not have.
+        """
+        reason = self._reason(param, group)
+        if reason:
+            return None, reason
+        config = self.config.for_group(group)
+        shape = (param.shape[0], param.shape[1])
+        # A rank in the group names these very weights, so r = min(m, n) is honoured there although it saves nothing.
+        least = min(shape) if "rank" in group else min(shape) - 1
+        if config.rank > least:
+            return None, f"min(m, n) = {min(shape)} <= rank = {config.rank}: nothing would be saved"
+        projection = Projection(shape=shape, side=resolve_side(config.proj_type, shape), rank=config.rank)
+        return Target(name=self.names.get(param, fallback_name), projection=projection), ""
+
+    def _reason(self, param: Tensor, group: Mapping[str, Any]) -> str:
+        """Why ``param`` cannot or shall not be projected, whatever its rank; empty when it can."""
+        explicit = "rank" in group
+        if explicit and group["rank"] is None:
+            return "rank=None in its param group"
+        if not explicit:
+            reason = self._not_selected(param)
+            if reason:
+                return reason
+        if param.ndim != 2:
+            return f"order {param.ndim}: only matrices are projected"
+        if not param.is_floating_point():
+            return f"{param.dtype} is not a real floating-point type"
+        return ""
+
+    def _not_selected(self, param: Tensor) -> str:
+        everything_linear = self.config.target_modules == "all-linear"
+        if param not in self.names:
+            return "not a parameter of the model"
+        if param in self.ignored:
+            return "ignore_modules"
+        if param not in self.matched:
+            return "not in target_modules" if param.ndim > 1 else f"order {param.ndim}"
+        if param in self.embeddings:
+            return "embedding, or tied to one"
+        if everything_linear and param in self.heads:
+            return "output head (all-linear leaves it out)"
+        return ""
+
+
+def select_targets(
+    model: nn.Module | None, param_groups: Sequence[Mapping[str, Any]], config: GaLoreConfig
+) -> tuple[dict[Tensor, Target], TargetTable]:
+    """Choose the weights of an optimizer that are projected.
+
+    Args:
+        model: The model that the parameters belong to, for names and module classes.
+        param_groups: The optimizer's groups.
+        config: What is asked for.
+
+    Returns:
+        The targets by parameter, and the table of every parameter of the groups and the model.
+
+    Raises:
+        NoTargetsError: If nothing is projected.
+    """
+    selector = Selector(model, config)
+    targets: dict[Tensor, Target] = {}
+    rows: list[TargetRow] = []
+    for i, group in enumerate(param_groups):
+        for j, param in enumerate(group["params"]):
+            fallback = f"group{i}.param{j}"
+            target, reason = selector.select(param, group, fallback)
+            if target:
+                targets[param] = target
+                reason = "" if param.requires_grad else "(frozen for now)"
+            name = selector.names.get(param, fallback)
+            rows.append(TargetRow(name=name, shape=tuple(param.shape), target=target, reason=reason))
+    given = {param for group in param_groups for param in group["params"]}
+    for param, name in selector.names.items():
+        if param not in given:
+            rows.append(TargetRow(name=name, shape=tuple(param.shape), target=None, reason="not in this optimizer"))
+    table = TargetTable(tuple(rows))
+    if not targets:
+        raise NoTargetsError(_no_targets_message(table, selector))
+    return targets, table
+
+
+def _no_targets_message(table: TargetTable, selector: Selector) -> str:
+    config = selector.config
+    plain = {"not in target_modules", "order 0", "order 1", "not in this optimizer"}
+    refused = [f"{row.name} ({row.reason})" for row in table.rows if row.reason not in plain]
+    linear = ", ".join(selector.linear_names[:8]) + (", ..." if len(selector.linear_names) > 8 else "")
+    return (
+        f"target_modules={config.target_modules!r} with rank={config.rank} and "
+        f"ignore_modules={config.ignore_modules!r} leaves no weight to project among {len(table.rows)} parameters. "
+        + (f"Matched but not projected: {'; '.join(refused[:8])}. " if refused else "")
+        + (f"Linear modules here: {linear}. " if linear else "There is no nn.Linear here. ")
+        + "Name modules that hold matrices larger than the rank, or lower the rank."
+    )
+
+
+def _matches(patterns: str | type | Sequence[str | type], name: str, module: nn.Module, argument: str) -> bool:
+    if patterns == "all-linear":
+        return isinstance(module, nn.Linear)
+    if isinstance(patterns, str):
+        return _class_or_full_match(patterns, name, module, argument)
+    assert not isinstance(patterns, type)  # the configuration has written classes as strings
+    return any(str(item) in name or _class_or_full_match(str(item), name, module, argument) for item in patterns)
+
+
+def _class_or_full_match(pattern: str, name: str, module: nn.Module, argument: str) -> bool:
+    if pattern.startswith(CLASS_PREFIX):
+        path = pattern.removeprefix(CLASS_PREFIX)
+        try:
+            cls = resolve_name(path)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{argument}={pattern!r}: there is no class {path!r} ({error}); give its import path."
+            ) from error
+        return isinstance(module, cls)
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{argument}={pattern!r} is not a valid regular expression ({error}).") from error
+
+
+def _output_embeddings(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """The output layers that Transformers' models declare."""
+    for module in modules:
+        getter = getattr(module, "get_output_embeddings", None)
+        try:
+            head = getter() if callable(getter) else None
+        except (AttributeError, NotImplementedError):
+            head = None
+        if isinstance(head, nn.Module):
+            yield head
