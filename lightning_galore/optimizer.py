@@ -93,14 +93,14 @@ class GaLoreOptimizer(Optimizer):
         """The wrapped optimizer, under the name by which Lightning's LearningRateMonitor unwraps one."""
         return self.base
 
-    @property
+    @property  # type: ignore[explicit-override]  # of the setter, which cannot be decorated so
     @override
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups, with the real parameters. Never cached: torch rebinds the list on load."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # type: ignore[explicit-override]
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
         self._select_again()
 
