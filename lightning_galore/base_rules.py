@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_galore import storage
+from lightning_galore import state_keys, storage
 
 Decay = Literal["decoupled", "coupled", "none"]
 
@@ -69,6 +69,7 @@ REFUSED: dict[str, str] = {
     "LARS": _READS_NORM,
     "Lamb": _READS_NORM,
     "Lars": _READS_NORM,
+    "PytorchLARS": _READS_NORM,
     "SAM": "it evaluates the loss twice in one step",
 }
 LOW_RANK_PACKAGES = ("galore_torch", "q_galore_torch", "apollo_torch", "ldadamw_torch")
@@ -185,8 +186,13 @@ def shrink_eager_state(base: Optimizer, param: Tensor, low_shape: tuple[int, int
     Raises:
         ValueError: If the state is not constant: the optimizer has already been stepped at full rank.
     """
-    state = base.state.get(param)
-    for key, value in list((state or {}).items()):
+    state = base.state.get(param) or {}
+    if float(state.get("step") or 0) > 0 and state_keys.BASIS not in state:
+        raise ValueError(
+            f"base={type(base).__name__} has already been stepped: it counts {int(state['step'])} full-rank steps. "
+            "Wrap a fresh optimizer, or load a checkpoint after wrapping."
+        )
+    for key, value in list(state.items()):
         if not isinstance(value, Tensor) or value.shape != param.shape:
             continue
         constant = value.flatten()[0]

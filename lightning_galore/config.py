@@ -150,6 +150,19 @@ class GaLoreConfig:
         named = {key: group[key] for key in GROUP_KEYS if group.get(key) is not None}
         return dataclasses.replace(self, **named) if named else self
 
+    def with_settings(self, **settings: Any) -> GaLoreConfig:
+        """This configuration with some arguments changed; a ``method`` among them fills its axes anew.
+
+        Args:
+            **settings: Any argument of this class.
+
+        Example:
+            >>> GaLoreConfig(rank=8).with_settings(method="galore").subspace
+            'svd'
+        """
+        axes = dict.fromkeys(AUTO, "auto") if "method" in settings else {}
+        return dataclasses.replace(self, **{**axes, **settings})
+
 
 def _check_int(name: str, value: object, *, minimum: int, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -172,6 +185,8 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
 
 def _as_patterns(name: str, value: str | type | Sequence[str | type]) -> tuple[str, ...]:
     """Write module classes as strings, so that a configuration is made of primitives and can be saved."""
+    if not isinstance(value, (str, type, Sequence)):
+        raise TypeError(f"{name}={value!r} must hold module names, expressions or classes, not be {value!r}.")
     items = [value] if isinstance(value, (str, type)) else list(value)
     patterns = []
     for item in items:

@@ -58,7 +58,11 @@ class GaLoreOptimizer(Optimizer):
     def __init__(
         self, base: Optimizer, model: nn.Module | None = None, config: GaLoreConfig | None = None, **settings: Any
     ) -> None:
-        config = dataclasses.replace(config, **settings) if config else GaLoreConfig(**settings)
+        config = config.with_settings(**settings) if config else GaLoreConfig(**settings)
+        if isinstance(base, GaLoreOptimizer):
+            raise ValueError(
+                f"base={type(base).__name__} is a GaLoreOptimizer already; use it as it is, or wrap its .base."
+            )
         base_rules.check_base(base)
         targets, table = select_targets(model, base.param_groups, config)
         self._attach(base, config, targets, table, model)
@@ -190,7 +194,7 @@ class GaLoreOptimizer(Optimizer):
         return loss if closure is not None else output
 
     def _project(self, param: Tensor, group: dict[str, Any]) -> Swap:
-        """Refresh the basis if it is due, project the gradient, decay the full weight."""
+        """Refresh the basis if it is due, project the gradient and with it a coupled weight decay."""
         target = self.targets[param]
         state = WeightState(self.state[param], target.projection)
         grad = cast("Tensor", param.grad)
@@ -204,14 +208,10 @@ class GaLoreOptimizer(Optimizer):
         bases = state.bases
         low_grad = target.projection.project(grad, bases)
         decay = group.get("weight_decay") or 0.0
-        if decay:
-            if base_rules.decay_kind(self.base, group) == "decoupled":
-                # A zero proxy cannot decay, so base's own decay of it does nothing and the full weight decays here.
-                param.mul_(1 - group["lr"] * decay)
-            else:
-                # base adds weight_decay times the proxy, which is zero. It would negate the gradient before adding.
-                sign = -1.0 if group.get("maximize") else 1.0
-                low_grad.add_(target.projection.project(param, bases), alpha=sign * decay)
+        if decay and base_rules.decay_kind(self.base, group) != "decoupled":
+            # base adds weight_decay times the proxy, which is zero. It would negate the gradient before adding.
+            sign = -1.0 if group.get("maximize") else 1.0
+            low_grad.add_(target.projection.project(param, bases), alpha=sign * decay)
         proxy = nn.Parameter(torch.zeros_like(low_grad))
         proxy.grad = low_grad
         return Swap(param, proxy, target, group)
@@ -254,6 +254,11 @@ class GaLoreOptimizer(Optimizer):
     def _lift_onto_weight(self, swap: Swap) -> None:
         projection = swap.target.projection
         state = WeightState(self.state[swap.param], projection)
+        decay = swap.group.get("weight_decay") or 0.0
+        if decay and base_rules.decay_kind(self.base, swap.group) == "decoupled":
+            # A zero proxy cannot decay, so base's own decay of it does nothing. Not before base's step: Adafactor's is
+            # relative to the weight before its decay, and where base raises no weight has changed.
+            swap.param.mul_(1 - swap.group["lr"] * decay)
         scale = swap.group.get("scale") or self.config.scale
         factor = base_rules.lift_factor(swap.group, projection.shape, projection.low_shape)
         self._lift.apply_(swap.param, swap.proxy.detach(), projection, state.bases, scale=scale * factor)

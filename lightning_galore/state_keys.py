@@ -117,7 +117,7 @@ def check_loadable(
                 "checkpoint and is not now. Set rank, target_modules and ignore_modules as in that run, or load its "
                 "weights only."
             )
-        if target is None or not saved:
+        if target is None or not saved or _is_unused(saved, target):
             continue
         if "projector" in saved:
             raise ValueError(
@@ -130,6 +130,12 @@ def check_loadable(
                 "weights only (Module.load_from_checkpoint) and start a new run, or resume it without GaLore."
             )
         _check_geometry(saved, target)
+
+
+def _is_unused(saved: Mapping[str, Any], target: Target) -> bool:
+    """Whether the state is from the optimizer's constructor (Adagrad) and its weight was never stepped."""
+    shapes = {tuple(value.shape) for value in saved.values() if isinstance(value, Tensor) and value.ndim}
+    return float(saved.get("step", 1)) == 0 and shapes <= {target.projection.low_shape}
 
 
 def _check_geometry(saved: Mapping[str, Any], target: Target) -> None:

@@ -104,7 +104,7 @@ class TargetTable:
 
 def clean_name(name: str) -> str:
     """A module's or parameter's name without the wrapper that ``torch.compile`` puts around a module."""
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 class Selector:
@@ -260,6 +260,8 @@ def _class_or_full_match(pattern: str, name: str, module: nn.Module, argument: s
             raise ValueError(
                 f"{argument}={pattern!r}: there is no class {path!r} ({error}); give its import path."
             ) from error
+        if not isinstance(cls, type):
+            raise ValueError(f"{argument}={pattern!r}: {path!r} is no class but {cls!r}; give a class's import path.")
         return isinstance(module, cls)
     try:
         return re.fullmatch(pattern, name) is not None

@@ -92,8 +92,9 @@ class GaLoreStrategy(Strategy):
         **kwargs: Any,
     ) -> None:
         # Here and not in __new__: jsonargparse would read the signature of that one.
+        concrete = _concrete_class(base, kwargs)
         if type(self) is GaLoreStrategy:
-            self.__class__ = _concrete_class(base, kwargs)
+            self.__class__ = concrete
         super().__init__(**kwargs)
         self.config = GaLoreConfig(
             rank=rank,
@@ -186,15 +187,16 @@ class GaLoreStrategy(Strategy):
 def _concrete_class(base: str, kwargs: Mapping[str, Any]) -> type[GaLoreStrategy]:
     from lightning_galore.strategies.single_device import GaLoreAutoStrategy, GaLoreSingleDeviceStrategy
 
-    classes: dict[str, type[GaLoreStrategy]] = {"auto": GaLoreAutoStrategy, "single_device": GaLoreSingleDeviceStrategy}
+    # Which device, and that there is only one, is known once the Trainer has said so: unless the user names one here.
+    classes: dict[str, type[GaLoreStrategy]] = {"auto": GaLoreAutoStrategy, "single_device": GaLoreAutoStrategy}
     if base not in classes:
         raise ValueError(f"base={base!r} is not known; choose one of {', '.join(map(repr, classes))}.")
-    # A device named by the user leaves nothing to pick.
-    return classes["single_device" if "device" in kwargs else base]
+    return GaLoreSingleDeviceStrategy if "device" in kwargs else classes[base]
 
 
 def _warn_of_small_weights(table: TargetTable, rank: int) -> None:
-    small = [row.name for row in table.rows if "nothing would be saved" in row.reason]
+    # A single row or column has no smaller rank, so there is nothing to advise.
+    small = [row.name for row in table.rows if "nothing would be saved" in row.reason and min(row.shape) > 1]
     if small:
         rank_zero_warn(
             f"rank={rank}: {len(small)} selected weights are no larger than the rank and stay full-rank "
