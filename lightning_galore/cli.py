@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``lightning-galore fit | validate | test | predict | targets | convert``."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import AdamW
+from typing_extensions import override
+
+# The tasks are imported for their effect: GlueModule and GlueDataModule become known by their short names.
+import lightning_galore.tasks  # noqa: F401
+from lightning_galore import GaLoreOptimizer, GaLoreStrategy, __version__
+
+PROG = "lightning-galore"
+_TRACEBACK_FLAG = "--traceback"
+_TRACEBACK_VARIABLE = "LIGHTNING_GALORE_TRACEBACK"
+_TRAINER_COMMANDS = {
+    "fit": "train a model (-c recipe.yaml, or class paths and options)",
+    "validate": "score a model on the validation data",
+    "test": "score a model on the test data",
+    "predict": "run a model over the prediction data",
+}
+#: What a mistake of the user raises; anything else is ours and is shown with its traceback.
+_USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException)
+
+
+class GaLoreCLI(LightningCLI):
+    """LightningCLI whose data follow the model's task and tokenizer, so that a recipe states each of them once.
+
+    Args:
+        args: The arguments; ``sys.argv`` by default.
+        run: Whether the first argument is a Trainer command to run. Without, the objects are only made.
+        trainer_defaults: Other defaults of the Trainer.
+        prog: The command's name in its help.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: ArgsType = None,
+        run: bool = True,
+        trainer_defaults: dict[str, Any] | None = None,
+        prog: str = PROG,
+    ) -> None:
+        super().__init__(
+            trainer_defaults=trainer_defaults,
+            save_config_kwargs={"overwrite": True},  # a second run without a logger writes into the same folder
+            parser_kwargs={"prog": prog, "description": "Train with low-rank gradients under PyTorch Lightning."},
+            args=args,
+            run=run,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the arguments that model and data share; classes that lack them are left alone."""
+        parser.link_arguments("model.init_args.task", "data.init_args.task")
+        parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse ``args``, without the parent's warning when the program has a command line of its own."""
+        self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
+
+    @override
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        # The parent hands model.parameters() to `--optimizer` at once; a lazily made network has none before this.
+        if self._get(self.config_init, "optimizer"):
+            self.model.configure_model()
+        super()._add_configure_optimizers_method_to_model(subcommand)
+
+
+def _targets(args: list[str]) -> None:
+    """Print which weights a configuration would project, without training."""
+    cli = GaLoreCLI(args=args, run=False, prog=f"{PROG} targets")
+    strategy = cli.trainer.strategy
+    if not isinstance(strategy, GaLoreStrategy):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}, which projects nothing. Give a configuration with "
+            "trainer.strategy=lightning_galore.GaLoreStrategy, or add --trainer.strategy=galore."
+        )
+    cli.model.configure_model()
+    # AdamW stands for the optimizer: which weights are taken depends on the model and the strategy's settings only.
+    optimizer = GaLoreOptimizer(AdamW(cli.model.parameters()), cli.model, strategy.config)
+    sys.stdout.write(f"{optimizer.targets_table()}\n")
+
+
+def _convert(args: list[str]) -> None:
+    """Convert a checkpoint of galore-torch."""
+    from lightning_galore.convert import convert_checkpoint
+
+    parser = ArgumentParser(prog=f"{PROG} convert")
+    parser.add_function_arguments(convert_checkpoint, as_positional=True)
+    options = parser.parse_args(args)
+    sys.stdout.write(f"{convert_checkpoint(**options.as_dict())}\n")
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "targets": (_targets, "list which weights a configuration would project, and why not the others"),
+    "convert": (_convert, "turn a checkpoint of galore-torch into one for this package"),
+}
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    rows = {**_TRAINER_COMMANDS, **{name: text for name, (_, text) in _COMMANDS.items()}}
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Low-rank gradient training (GaLore) for PyTorch Lightning.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
+        + f"\n\n`{PROG} COMMAND --help` shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument(
+        _TRACEBACK_FLAG, action="store_true", help=f"show errors with their traceback (also {_TRACEBACK_VARIABLE}=1)"
+    )
+    parser.add_argument("command", choices=rows, metavar="COMMAND", help="what to do, see below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of the command")
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: The arguments, without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit status: 0, 1 after an error in the configuration or the data, 130 after Ctrl-C. Wrong options exit
+        with status 2.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    # Anywhere on the line: a user adds it at the end of a command that has just failed.
+    with_traceback = _TRACEBACK_FLAG in given
+    options = _top_parser().parse_args([arg for arg in given if arg != _TRACEBACK_FLAG])
+
+    def run() -> int:
+        if options.command in _COMMANDS:
+            _COMMANDS[options.command][0](options.options)
+        else:
+            GaLoreCLI(args=[options.command, *options.options])
+        return 0
+
+    return exit_status(run, prog=PROG, with_traceback=with_traceback)
+
+
+def exit_status(run: Callable[[], int], *, prog: str, with_traceback: bool = False) -> int:
+    """Call ``run`` and turn the errors that a user can mend into one line and an exit status.
+
+    Args:
+        run: What to do; returns the exit status.
+        prog: The program's name, which starts the line.
+        with_traceback: Show the whole traceback instead of one line.
+    """
+    try:
+        return run()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{prog}: interrupted\n")
+        return 130
+    except _USER_ERRORS as error:
+        if with_traceback or os.environ.get(_TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            traceback.print_exc()
+        else:
+            sys.stderr.write(f"{prog}: error: {error}\n({_TRACEBACK_VARIABLE}=1 shows where it was raised)\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
