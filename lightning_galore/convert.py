@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a checkpoint of ``galore_torch.GaLoreAdamW`` into one for ``GaLoreOptimizer(torch.optim.AdamW(...))``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from lightning_galore.foreign_state import ACCEPTED, Tally, convert_state_dict, has_projector
+from lightning_galore.untrusted import ConversionError, load
+
+__all__ = ["ConversionError", "ConversionReport", "convert_checkpoint", "convert_optimizer_state"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What :func:`convert_checkpoint` did.
+
+    Args:
+        projected: Weights with a subspace.
+        plain: Other parameters with optimizer state.
+        sides: How many projected weights have their basis on the ``left``, ``right`` or both (``full``).
+        ranks: How many projected weights have each rank.
+        bytes_before: Memory of the optimizer states as galore-torch held them, whole SVD factors behind views included.
+        bytes_after: Memory of the converted states.
+        warnings: What differs when training goes on.
+    """
+
+    projected: int
+    plain: int
+    sides: dict[str, int]
+    ranks: dict[int, int]
+    bytes_before: int
+    bytes_after: int
+    warnings: tuple[str, ...]
+
+    @override
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        sides = ", ".join(f"{count} {side}" for side, count in sorted(self.sides.items()))
+        ranks = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(self.ranks.items()))
+        lines = [
+            f"{self.projected} projected weights ({sides}; {ranks}), {self.plain} plain parameters",
+            f"optimizer state: {self.bytes_before:,} bytes before, {self.bytes_after:,} after",
+            *(f"note: {text}" for text in self.warnings),
+        ]
+        return "\n".join(lines)
+
+
+def convert_checkpoint(source: Path, target: Path, *, overwrite: bool = False) -> ConversionReport:
+    """Convert the galore-torch optimizer states of a file and write the result to another one.
+
+    The source is untrusted: only tensors, numbers and the attributes of a projector are read from it, no code of it is
+    run, and ``galore_torch`` need not be installed. The target is written whole or not at all.
+
+    Args:
+        source: A Lightning checkpoint, a saved ``optimizer.state_dict()``, or a dictionary that holds one under
+            ``optimizer``.
+        target: Where to write. Everything but the optimizer states is copied as it is.
+        overwrite: Replace ``target`` if it exists.
+
+    Returns:
+        What was converted, and what will differ.
+
+    Raises:
+        ConversionError: If the file is none of these, holds anything unexpected, or cannot be converted.
+        FileNotFoundError: If ``source`` or the folder of ``target`` does not exist.
+        FileExistsError: If ``target`` exists and ``overwrite`` is False.
+    """
+    source, target = Path(source), Path(target)
+    _check_paths(source, target, overwrite=overwrite)
+    checkpoint = load(source)
+    tally = Tally()
+    converted = _convert_container(checkpoint, tally)
+    _write_atomically(converted, target, like=source, overwrite=overwrite)
+    return _report(tally)
+
+
+def convert_optimizer_state(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Convert ``GaLoreAdamW(...).state_dict()``, as it is in memory, for ``GaLoreOptimizer.load_state_dict``.
+
+    Groups keep their ``rank``, ``update_proj_gap``, ``scale`` and ``proj_type``: GaLoreOptimizer reads the same keys.
+
+    Args:
+        state_dict: Left as it is. Tensors of the result share nothing with it.
+
+    Returns:
+        A state dict of tensors, numbers and strings only.
+
+    Raises:
+        ConversionError: If it is not a state of ``galore_torch.GaLoreAdamW``; the message says which and what to do.
+    """
+    return convert_state_dict(state_dict, Tally())
+
+
+def _report(tally: Tally) -> ConversionReport:
+    return ConversionReport(
+        projected=sum(tally.sides.values()),
+        plain=tally.plain,
+        sides=dict(tally.sides),
+        ranks=dict(tally.ranks),
+        bytes_before=tally.bytes_before,
+        bytes_after=tally.bytes_after,
+        warnings=tuple(tally.warnings),
+    )
+
+
+def _convert_container(checkpoint: object, tally: Tally) -> dict[str, Any]:
+    """Find the optimizer states in a file and convert those."""
+    if not isinstance(checkpoint, dict):
+        raise ConversionError(
+            f"The file holds a {type(checkpoint).__name__} where a dictionary is expected. {ACCEPTED}"
+        )
+    if "optimizer_states" in checkpoint:
+        states = checkpoint["optimizer_states"]
+        if not isinstance(states, list):
+            raise ConversionError(f"optimizer_states is a {type(states).__name__}, not a list. {ACCEPTED}")
+        if not states:
+            raise ConversionError("optimizer_states is empty, so there is nothing to convert.")
+        # A second optimizer of the module may be an ordinary one, which stays as it is.
+        ordinary_may_stay = any(has_projector(state) for state in states)
+        converted = [
+            state if ordinary_may_stay and not has_projector(state) else convert_state_dict(state, tally)
+            for state in states
+        ]
+        return {**checkpoint, "optimizer_states": converted}
+    if "optimizer" in checkpoint:
+        return {**checkpoint, "optimizer": convert_state_dict(checkpoint["optimizer"], tally)}
+    return convert_state_dict(checkpoint, tally)
+
+
+def _check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
+    if source.is_dir():
+        raise ConversionError(f"source={source} is a folder (a sharded checkpoint?); give a single file. {ACCEPTED}")
+    if not source.is_file():
+        raise FileNotFoundError(f"source={source} does not exist.")
+    if target.is_dir():
+        raise ConversionError(f"target={target} is a folder; give the name of a file in it.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"The folder of target={target} does not exist; make it first.")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"target={target} exists. Choose another name, or pass overwrite=True (--overwrite).")
+
+
+def _write_atomically(checkpoint: dict[str, Any], target: Path, *, like: Path, overwrite: bool) -> None:
+    """Write beside the target, read it back, then move it into place: never half a file under its name."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # Whoever resumes from it reads it like this; a projector outside of the optimizer states would show here.
+        try:
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise ConversionError(
+                "The checkpoint holds a galore-torch projector outside of its optimizer states. Save it again without."
+            ) from error
+        shutil.copymode(like, temporary)
+        if target.exists() and not overwrite:
+            raise FileExistsError(
+                f"target={target} has appeared meanwhile. Choose another name or pass overwrite=True."
+            )
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
