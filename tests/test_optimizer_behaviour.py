@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wrapper stands in for the user's optimizer: closures, hooks, groups, schedulers, copies, scalers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+
+from lightning_galore import GaLoreOptimizer
+from lightning_galore.state_keys import BASIS
+from tests.helpers import Matrices, TinyTransformer, language_loss, max_difference, same_bits, train
+
+SETTINGS: dict[str, Any] = {"rank": 4, "update_proj_gap": 3}
+
+
+def start(
+    base: str = "AdamW", model: nn.Module | None = None, **settings: Any
+) -> tuple[Any, GaLoreOptimizer, torch.optim.Optimizer]:
+    model = model or TinyTransformer()
+    wrapped = getattr(torch.optim, base)(model.parameters(), lr=0.01)
+    return model, GaLoreOptimizer(wrapped, model, **{**SETTINGS, **settings}), wrapped
+
+
+# -- step --------------------------------------------------------------------------------------------------------------
+
+
+def test_closure_runs_once_with_gradients_and_its_value_is_returned() -> None:
+    model, optimizer, _ = start()
+    other, plain, _ = start()
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = language_loss(model, 0)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == [True]
+    assert torch.equal(loss, language_loss(TinyTransformer(), 0))
+    train(other, plain, [0])
+    assert same_bits(model.parameters(), other.parameters())
+
+
+def test_without_a_closure_the_bases_value_is_returned_and_arguments_are_handed_on() -> None:
+    seen = []
+
+    class Talkative(torch.optim.SGD):
+        def step(self, closure: Any = None, *, note: str = "") -> str:  # type: ignore[override]
+            seen.append((closure, note))
+            super().step()
+            return "done"
+
+    model = Matrices((8, 8))
+    optimizer = GaLoreOptimizer(Talkative(model.parameters(), lr=0.1), model, rank=2)
+    model.give_gradients(0)
+    assert optimizer.step(note="hello") == "done"
+    assert optimizer.step(lambda: 3.0, note="again") == 3.0
+    assert seen == [(None, "hello"), (None, "again")]
+
+
+def test_gradients_are_left_as_they_are() -> None:
+    model = Matrices((12, 8), (8, 12))
+    base = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    optimizer = GaLoreOptimizer(base, model, rank=2)
+    model.give_gradients(0)
+    before = [weight.grad for weight in model.parameters()]
+    values = [grad.clone() for grad in before if grad is not None]
+    optimizer.step()
+    for weight, grad, value in zip(model.parameters(), before, values, strict=True):
+        assert weight.grad is grad
+        assert weight.grad.shape == weight.shape
+        assert torch.equal(weight.grad, value)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(bool((weight.grad == 0).all()) for weight in model.parameters())
+    optimizer.zero_grad()
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_weight_without_a_gradient_is_skipped() -> None:
+    model = Matrices((12, 8), (8, 12))
+    first, second = model.parameters()
+    optimizer = GaLoreOptimizer(torch.optim.AdamW(model.parameters(), weight_decay=0.1), model, rank=2)
+    model.give_gradients(0)
+    second.grad = None
+    before = second.detach().clone()
+    optimizer.step()
+    assert torch.equal(second, before)
+    assert second not in optimizer.state
+    assert optimizer.state[first]["galore_step"] == 1
+
+
+@pytest.mark.parametrize("gap", [1, 3, 5])
+def test_basis_changes_exactly_at_multiples_of_the_gap(gap: int) -> None:
+    model, optimizer, _ = start(update_proj_gap=gap, subspace="svd")
+    weight = model.matrices()[0]
+    changed, old = [], torch.zeros(1)
+    for step in range(12):
+        train(model, optimizer, [step])
+        if old.shape != optimizer.state[weight][BASIS].shape or not torch.equal(old, optimizer.state[weight][BASIS]):
+            changed.append(step)
+        old = optimizer.state[weight][BASIS].clone()
+    assert changed == list(range(0, 12, gap))
+    state = optimizer.state[weight]
+    assert (state["galore_step"], state["galore_refreshes"], state["galore_failures"]) == (12, len(changed), 0)
+    assert state["galore_refreshed_at"] == changed[-1]
+    assert 0.0 <= state["galore_overlap"] <= 1.0 + 1e-6
+
+
+# -- hooks and failures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", ["base", "wrapper"])
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
+def test_step_hooks_run_once_and_see_real_parameters(on: str, name: str) -> None:
+    model, optimizer, base = start(name)
+    shapes = [param.shape for param in model.parameters()]
+    seen: list[Any] = []
+
+    def look(kind: str) -> Any:
+        def hook(opt: Any, args: Any, kwargs: Any) -> None:
+            params = [param for group in opt.param_groups for param in group["params"]]
+            real = all(p is q for p, q in zip(params, model.parameters(), strict=True))
+            seen.append((kind, [param.shape for param in params] == shapes, real))
+
+        return hook
+
+    target = base if on == "base" else optimizer
+    pre, post = target.register_step_pre_hook(look("pre")), target.register_step_post_hook(look("post"))
+    train(model, optimizer, range(2))
+    assert seen == [("pre", True, True), ("post", True, True)] * 2
+    pre.remove()
+    post.remove()
+    train(model, optimizer, range(1))
+    assert len(seen) == 4
+
+
+def test_failing_step_leaves_everything_whole() -> None:
+    class Failing(torch.optim.AdamW):
+        fail = False
+
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            super().step()
+            if self.fail:
+                raise RuntimeError("out of memory")
+
+    model = TinyTransformer()
+    base = Failing(model.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = GaLoreOptimizer(base, model, **SETTINGS)
+    calls: list[str] = []
+    base.register_step_post_hook(lambda *args: calls.append("post"))
+    train(model, optimizer, range(2))
+    weights = [weight.detach().clone() for weight in model.matrices()]
+    groups, keys = base.param_groups, {param: set(state) for param, state in base.state.items()}
+    params = list(groups[0]["params"])
+    base.fail = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(model, optimizer, [2])
+    assert base.param_groups is groups
+    assert all(a is b for a, b in zip(groups[0]["params"], params, strict=True))
+    assert {param: set(state) for param, state in base.state.items()} == keys
+    assert same_bits(weights, model.matrices())
+    base.fail = False
+    train(model, optimizer, [3])
+    assert calls == ["post"] * 3
+    assert all(optimizer.state[weight]["galore_step"] == 3 for weight in model.matrices())
+
+
+# -- standing in for the base ------------------------------------------------------------------------------------------
+
+
+def test_is_an_instance_of_the_bases_class() -> None:
+    _, optimizer, base = start()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert isinstance(optimizer, GaLoreOptimizer)
+    assert not isinstance(start("SGD")[1], torch.optim.AdamW)
+    assert optimizer.param_groups is base.param_groups
+    assert optimizer.state is base.state
+    assert optimizer.defaults is base.defaults
+    assert optimizer.optimizer is optimizer.base is base
+    assert "6 projected weights" in repr(optimizer)
+    assert "AdamW" in repr(optimizer)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = optimizer.no_such_thing
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor"])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_bit_for_bit(name: str, copier: Any) -> None:
+    model, optimizer, _ = start(name)
+    train(model, optimizer, range(4))
+    twin, twin_optimizer = copier((model, optimizer))
+    assert isinstance(twin_optimizer, getattr(torch.optim, name))
+    assert {id(weight) for weight in twin_optimizer.targets} == {id(weight) for weight in twin.matrices()}
+    train(model, optimizer, range(4, 10))
+    train(twin, twin_optimizer, range(4, 10))
+    assert same_bits(model.parameters(), twin.parameters())
+    assert max_difference(model.parameters(), TinyTransformer().parameters()) > 0
+
+
+def test_added_group_is_projected() -> None:
+    model = TinyTransformer()
+    up, down = model.blocks[0].up, model.blocks[0].down
+    base = torch.optim.AdamW(up.parameters(), lr=0.01)
+    optimizer = GaLoreOptimizer(base, model, **SETTINGS)
+    assert set(optimizer.targets) == {up.weight}
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": list(down.parameters()), "lr": 0.1})
+    assert set(optimizer.targets) == {up.weight, down.weight}
+    assert any(row.name == "blocks.0.down.weight" and row.target for row in optimizer.targets_table().rows)
+    train(model, optimizer, range(2, 4))
+    assert optimizer.state[up.weight]["galore_step"] == 4
+    assert optimizer.state[down.weight]["galore_step"] == 2
+    assert optimizer.state[down.weight]["exp_avg"].shape == (4, 40)
+
+
+def test_group_can_be_added_to_a_copy_and_without_targets_in_it() -> None:
+    model = TinyTransformer()
+    optimizer = GaLoreOptimizer(torch.optim.AdamW(model.matrices()), model, **SETTINGS)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    twin.add_param_group({"params": list(twin_model.norm.parameters())})
+    optimizer.add_param_group({"params": list(model.norm.parameters())})
+    assert len(twin.targets) == len(optimizer.targets) == 6
+    train(model, optimizer, range(3))
+    train(twin_model, twin, range(3))
+    assert same_bits(model.parameters(), twin_model.parameters())
+
+
+def test_groups_can_be_replaced() -> None:
+    model = TinyTransformer()
+    optimizer = GaLoreOptimizer(torch.optim.AdamW([model.blocks[0].up.weight]), model, **SETTINGS)
+    group = {**optimizer.param_groups[0], "params": list(model.blocks[0].parameters())}
+    optimizer.param_groups = [group]
+    assert optimizer.base.param_groups[0] is group
+    assert set(optimizer.targets) == set(model.matrices())
+
+
+# -- learning rates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", ["base", "wrapper"])
+@pytest.mark.parametrize("kind", ["step", "lambda", "onecycle"])
+def test_schedulers_on_either_object_do_the_same_and_warn_of_nothing(on: str, kind: str) -> None:
+    model, optimizer, base = start()
+    target = base if on == "base" else optimizer
+    scheduler: Any = {
+        "step": lambda: StepLR(target, 2, gamma=0.5),
+        "lambda": lambda: LambdaLR(target, lambda step: 1 / (1 + step)),
+        "onecycle": lambda: OneCycleLR(target, 0.1, total_steps=10),
+    }[kind]()
+    rates = []
+    for step in range(5):
+        train(model, optimizer, [step])
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [base.param_groups[0]["lr"] if i == 4 else rate for i, rate in enumerate(rates)]
+    assert len(set(rates)) >= 3
+
+    bare = TinyTransformer()
+    plain = torch.optim.AdamW(bare.parameters(), lr=0.01)
+    other: Any = {
+        "step": lambda: StepLR(plain, 2, gamma=0.5),
+        "lambda": lambda: LambdaLR(plain, lambda step: 1 / (1 + step)),
+        "onecycle": lambda: OneCycleLR(plain, 0.1, total_steps=10),
+    }[kind]()
+    expected = []
+    for step in range(5):
+        train(bare, plain, [step])
+        other.step()
+        expected.append(plain.param_groups[0]["lr"])
+    assert rates == expected
+
+
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor"])
+def test_dense_lr_factor_reaches_dense_weights_only(name: str, factor: float) -> None:
+    model, optimizer, base = start(name, dense_lr_factor=factor)
+    plain, plain_optimizer, _ = start(name)
+    bare = TinyTransformer()
+    train(model, optimizer, [0])
+    train(plain, plain_optimizer, [0])
+    train(bare, getattr(torch.optim, name)(bare.parameters(), lr=0.01 * factor), [0])
+    projected = {id(weight) for weight in model.matrices()}
+    for ours, same_lr, other_lr in zip(model.parameters(), plain.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(ours, same_lr if id(ours) in projected else other_lr)
+    assert len(base.param_groups) == 1
+    assert base.param_groups[0]["lr"] == 0.01
+    assert len(base.param_groups[0]["params"]) == len(list(model.parameters()))

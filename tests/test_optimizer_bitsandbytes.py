@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bitsandbytes' 8-bit, 32-bit and paged optimizers on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_galore import GaLoreOptimizer, base_rules, storage
+from lightning_galore.state_keys import BASIS, is_ours
+from tests.helpers import Matrices, TinyTransformer, max_difference, same_bits, train
+
+bnb = pytest.importorskip("bitsandbytes")
+
+BASES: dict[str, dict[str, Any]] = {
+    "AdamW8bit": {},
+    "Adam8bit": {},
+    "Lion8bit": {},
+    "AdamW": {},
+    "Adam": {},
+    "Lion": {},
+    "SGD8bit": {"momentum": 0.9},
+    "RMSprop8bit": {},
+    "Adagrad8bit": {},
+    "PagedAdamW8bit": {},
+}
+ADAPTIVE_8BIT = ["AdamW8bit", "Lion8bit", "RMSprop8bit"]
+# On the CPU, "paged" is ordinary memory.
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+LR = 2.0**-7
+
+
+def build(name: str, params: Any, **settings: Any) -> Any:
+    return getattr(bnb.optim, name)(params, **{"lr": LR, "weight_decay": 0.0, **BASES[name], **settings})
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("low_entries", ["fewer than 4096", "more than 4096"])
+def test_every_weight_moves_at_every_step(name: str, low_entries: str) -> None:
+    """galore-torch gave no update at all to weights that bitsandbytes keeps in 32-bit state, those of few entries."""
+    rank = 4 if low_entries == "fewer than 4096" else 48
+    model = Matrices((128, 96), (96, 128))
+    optimizer = GaLoreOptimizer(build(name, model.parameters()), model, rank=rank, update_proj_gap=2)
+    for step in range(4):
+        before = [weight.detach().clone() for weight in model.parameters()]
+        model.give_gradients(step)
+        optimizer.step()
+        for weight, old in zip(model.parameters(), before, strict=True):
+            assert bool(torch.isfinite(weight).all())
+            assert float((weight != old).float().mean()) > 0.9
+    kept = {optimizer.state[weight]["state1"].dtype for weight in model.parameters()}
+    assert kept == {torch.uint8 if "8bit" in name and rank == 48 else torch.float32}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_trains_a_transformer(name: str) -> None:
+    model = TinyTransformer()
+    optimizer = GaLoreOptimizer(build(name, model.parameters(), lr=3e-3), model, rank=4, update_proj_gap=10, scale=1.0)
+    start = [param.detach().clone() for param in model.parameters()]
+    losses = train(model, optimizer, [0] * 30)
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(param, old) for param, old in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BASES)
+def test_equals_the_same_optimizer_over_persistent_low_rank_parameters(name: str, dtype: torch.dtype) -> None:
+    """The wrapped optimizer does to a proxy what it does to a low-rank parameter that it knows all along."""
+    model = Matrices((128, 96), (96, 128), dtype=dtype)
+    optimizer = GaLoreOptimizer(build(name, model.parameters()), model, rank=48, update_proj_gap=1000, scale=1.0)
+    weights = list(model.parameters())
+    expected = [weight.detach().clone() for weight in weights]
+    low = [torch.nn.Parameter(torch.zeros(optimizer.targets[w].projection.low_shape, dtype=dtype)) for w in weights]
+    other = build(name, low)
+    for step in range(10):
+        model.give_gradients(step)
+        optimizer.step()
+        for i, weight in enumerate(weights):
+            projection, bases = optimizer.targets[weight].projection, (optimizer.state[weight][BASIS],)
+            low[i].grad = projection.project(weight.grad, bases)
+            low[i].data.zero_()
+        other.step()
+        for i, weight in enumerate(weights):
+            projection, bases = optimizer.targets[weight].projection, (optimizer.state[weight][BASIS],)
+            projection.add_back_(expected[i], low[i].detach(), bases, alpha=1.0)
+    assert same_bits(weights, expected)
+
+
+def probe(name: str) -> Tensor:
+    """A weight of one that had a zero gradient, with weight decay."""
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = build(name, [weight], weight_decay=0.25)
+    for _ in range(2):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_kind_of_decay_is_what_a_probe_sees(name: str) -> None:
+    expected = (1 - LR * 0.25) ** 2
+    shrunk = bool(((probe(name) - expected).abs() < 1e-6).all())
+    base = build(name, [torch.nn.Parameter(torch.ones(4, 4))], weight_decay=0.25)
+    assert base_rules.decay_kind(base, base.param_groups[0]) == ("decoupled" if shrunk else "coupled")
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "SGD8bit", "RMSprop8bit"])
+def test_decay_reaches_projected_weights(name: str) -> None:
+    """Outside the subspace a weight does nothing but decay, and with a penalty not even that."""
+    model = Matrices((6, 4))
+    (weight,) = model.parameters()
+    start = weight.detach().clone()
+    base = build(name, [weight], weight_decay=0.25)
+    optimizer = GaLoreOptimizer(base, model, rank=1, subspace="svd")
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[2, 1] = 1.0
+    optimizer.step()
+    decoupled = base_rules.decay_kind(base, base.param_groups[0]) == "decoupled"
+    factor = 1 - LR * 0.25 if decoupled else 1.0
+    torch.testing.assert_close(weight[:, [0, 2, 3]], start[:, [0, 2, 3]] * factor)
+    assert bool((weight[:2, 1] != start[:2, 1]).all())
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "Lion8bit", "PagedAdamW8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_run_equals_the_unbroken_one(name: str, dtype: torch.dtype, tmp_path: Any) -> None:
+    def start() -> tuple[Matrices, GaLoreOptimizer]:
+        model = Matrices((128, 96), (96, 128), dtype=dtype)
+        base = build(name, model.parameters(), weight_decay=0.25)
+        return model, GaLoreOptimizer(base, model, rank=48, update_proj_gap=3, basis_storage="fp32")
+
+    def run(model: Matrices, optimizer: GaLoreOptimizer, steps: range) -> None:
+        for step in steps:
+            model.give_gradients(step)
+            optimizer.step()
+
+    whole, optimizer = start()
+    run(whole, optimizer, range(10))
+    first, optimizer = start()
+    run(first, optimizer, range(5))
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    second, resumed = start()
+    second.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    for weight, old in zip(second.parameters(), first.parameters(), strict=True):
+        dtypes = {key: value.dtype for key, value in resumed.state[weight].items() if isinstance(value, Tensor)}
+        assert dtypes == {k: v.dtype for k, v in optimizer.state[old].items() if isinstance(v, Tensor)}
+        assert dtypes[BASIS] == torch.float32
+        assert dtypes["state1"] == (torch.uint8 if "8bit" in name else torch.float32)
+    run(second, resumed, range(5, 10))
+    assert max_difference(second.parameters(), whole.parameters()) == 0.0
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_planned_bytes_are_those_held(name: str) -> None:
+    model = Matrices((128, 96), (96, 128))
+    optimizer = GaLoreOptimizer(build(name, model.parameters()), model, rank=48)
+    planned = {row.name: row.state_bytes for row in optimizer.targets_table().taken}
+    assert not optimizer.state
+    model.give_gradients(0)
+    optimizer.step()
+    held = {optimizer.targets[weight].name: storage.nbytes(optimizer.state[weight]) for weight in model.parameters()}
+    assert planned == held
+    own = [v for k, v in optimizer.state[model.layers[0].weight].items() if not is_ours(k) and isinstance(v, Tensor)]
+    assert all(value.numel() <= 128 * 48 for value in own)
+
+
+def test_settings_of_one_parameter_are_found_by_position() -> None:
+    """A frozen or gradient-free parameter does not shift those behind it."""
+    model = TinyTransformer()
+    bare = TinyTransformer()
+    for one in (model, bare):
+        one.embedding.weight.requires_grad_(False)
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    index = [id(p) for p in model.parameters()].index(id(model.lm_head.weight))
+    manager.index2config[(0, index)] = {"lr": 0.5}
+    try:
+        optimizer = GaLoreOptimizer(build("AdamW", model.parameters()), model, rank=4)
+        train(model, optimizer, range(1))
+        train(bare, build("AdamW", bare.parameters()), range(1))
+    finally:
+        del manager.index2config[(0, index)]
+    assert max_difference([model.lm_head.weight], [bare.lm_head.weight]) == 0.0
+    assert max_difference([model.lm_head.bias], [bare.lm_head.bias]) == 0.0
