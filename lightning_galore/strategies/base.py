@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -22,11 +21,14 @@ from lightning_galore.config import (
     GaLoreConfig,
     LiftName,
     Method,
+    Mode,
     ProjType,
     ScheduleName,
     SubspaceName,
 )
 from lightning_galore.optimizer import GaLoreOptimizer
+from lightning_galore.strategies.backward_modes import BackwardModes
+from lightning_galore.strategies.checks import check_backward_mode
 from lightning_galore.targets import NoTargetsError, TargetTable
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 BaseName = Literal["auto", "single_device"]
 
 
-class GaLoreStrategy(Strategy):
+class GaLoreStrategy(BackwardModes):
     """Low-rank gradient training in one line: ``Trainer(strategy=GaLoreStrategy(rank=256))``.
 
     Your LightningModule, its optimizer, schedulers and callbacks stay as they are: the strategy wraps every optimizer
@@ -47,6 +49,8 @@ class GaLoreStrategy(Strategy):
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace.
         scale: Factor on the projected-back update.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
+        mode: When gradients are projected and weights move: step, project (frees full gradients in backward) or
+            layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
         method: A preset by name; settings that you name win over it.
@@ -54,6 +58,7 @@ class GaLoreStrategy(Strategy):
         schedule: When a basis is refreshed.
         lift: How the low-rank update becomes a weight update.
         basis_storage: Data type in which a basis is kept.
+        clip_weight_norm: Clip the gradient of each parameter by itself to this norm.
         fix_signs: Fix the arbitrary signs of singular vectors.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
         seed: Seed of the random subspaces.
@@ -70,14 +75,13 @@ class GaLoreStrategy(Strategy):
         'GaLoreSingleDeviceStrategy'
     """
 
-    config: GaLoreConfig
-
     def __init__(
         self,
         rank: int = 128,
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: ProjType = "std",
+        mode: Mode = "step",
         target_modules: str | type | Sequence[str | type] = "all-linear",
         ignore_modules: str | type | Sequence[str | type] = (),
         method: Method | None = None,
@@ -85,6 +89,7 @@ class GaLoreStrategy(Strategy):
         schedule: ScheduleName = "fixed",
         lift: LiftName = "project_back",
         basis_storage: BasisStorage = "param",
+        clip_weight_norm: float | None = None,
         fix_signs: bool = True,
         dense_lr_factor: float = 1.0,
         seed: int = 0,
@@ -101,6 +106,7 @@ class GaLoreStrategy(Strategy):
             update_proj_gap=update_proj_gap,
             scale=scale,
             proj_type=proj_type,
+            mode=mode,
             target_modules=target_modules,
             ignore_modules=ignore_modules,
             method=method,
@@ -108,6 +114,7 @@ class GaLoreStrategy(Strategy):
             schedule=schedule,
             lift=lift,
             basis_storage=basis_storage,
+            clip_weight_norm=clip_weight_norm,
             fix_signs=fix_signs,
             dense_lr_factor=dense_lr_factor,
             seed=seed,
@@ -120,6 +127,7 @@ class GaLoreStrategy(Strategy):
         Only here, and not around ``configure_optimizers``: Lightning checks that every scheduler holds an optimizer
         that was returned. The schedulers keep the user's object, whose param groups are those of the wrapper.
         """
+        self._remove_hooks()
         super().setup_optimizers(trainer)
         unwrapped: list[NoTargetsError] = []
         wrapped = [self._wrap(optimizer, unwrapped) for optimizer in self.optimizers]
@@ -128,8 +136,12 @@ class GaLoreStrategy(Strategy):
             raise unwrapped[0]
         for error in unwrapped:
             rank_zero_warn(f"One of the optimizers has no weight to project and stays as it is. {error}")
+        check_backward_mode(self.config, trainer, self.lightning_module, wrapped)
         self.optimizers = wrapped
         for optimizer in galore:
+            optimizer.hooks.armed = False
+            if self.config.mode == "layerwise" and trainer.gradient_clip_val:
+                optimizer.hooks.clip_value = float(trainer.gradient_clip_val)
             table = optimizer.targets_table()
             rank_zero_info(f"GaLore: {table.summary()}")
             log.debug("%s", table)
@@ -137,7 +149,7 @@ class GaLoreStrategy(Strategy):
 
     def targets_tables(self) -> list[TargetTable]:
         """The table of every parameter, one for each wrapped optimizer; empty before ``fit``."""
-        return [optimizer.targets_table() for optimizer in self.optimizers if isinstance(optimizer, GaLoreOptimizer)]
+        return [optimizer.targets_table() for optimizer in self._galore_optimizers()]
 
     def _wrap(self, optimizer: Optimizer, unwrapped: list[NoTargetsError]) -> Optimizer:
         if isinstance(optimizer, LightningOptimizer):
