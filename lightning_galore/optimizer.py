@@ -61,8 +61,10 @@ class GaLoreOptimizer(OptimizerWrapper):
             raise ValueError(
                 f"base={type(base).__name__} is a GaLoreOptimizer already; use it as it is, or wrap its .base."
             )
-        base_rules.check_base(base)
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
         targets, table = select_targets(model, base.param_groups, config)
+        base_rules.check_base(base)
         self._attach(base, config, targets, table, model)
         for param, target in targets.items():
             base_rules.shrink_eager_state(base, param, target.projection.low_shape)

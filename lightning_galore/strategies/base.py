@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -97,9 +100,11 @@ class GaLoreStrategy(BackwardModes):
         **kwargs: Any,
     ) -> None:
         # Here and not in __new__: jsonargparse would read the signature of that one.
-        concrete = _concrete_class(base, kwargs)
+        concrete = _concrete_class(base)
         if type(self) is GaLoreStrategy:
             self.__class__ = concrete
+        _check_names(type(self), kwargs)
+        self.device_named = "device" in kwargs
         super().__init__(**kwargs)
         self.config = GaLoreConfig(
             rank=rank,
@@ -145,6 +150,8 @@ class GaLoreStrategy(BackwardModes):
             table = optimizer.targets_table()
             rank_zero_info(f"GaLore: {table.summary()}")
             log.debug("%s", table)
+            if not optimizer.targets:
+                rank_zero_warn("No weight is projected until frozen ones are unfrozen and added to the optimizer.")
             _warn_of_small_weights(table, self.config.rank)
 
     def targets_tables(self) -> list[TargetTable]:
@@ -196,14 +203,28 @@ class GaLoreStrategy(BackwardModes):
         return super().all_gather(tensor, group, sync_grads)  # type: ignore[safe-super]
 
 
-def _concrete_class(base: str, kwargs: Mapping[str, Any]) -> type[GaLoreStrategy]:
-    from lightning_galore.strategies.single_device import GaLoreAutoStrategy, GaLoreSingleDeviceStrategy
+def _concrete_class(base: str) -> type[GaLoreStrategy]:
+    from lightning_galore.strategies.single_device import GaLoreAutoStrategy
 
-    # Which device, and that there is only one, is known once the Trainer has said so: unless the user names one here.
+    # Which device, and that there is only one, is known once the Trainer has said so.
     classes: dict[str, type[GaLoreStrategy]] = {"auto": GaLoreAutoStrategy, "single_device": GaLoreAutoStrategy}
     if base not in classes:
         raise ValueError(f"base={base!r} is not known; choose one of {', '.join(map(repr, classes))}.")
-    return GaLoreSingleDeviceStrategy if "device" in kwargs else classes[base]
+    return classes[base]
+
+
+def _check_names(cls: type[GaLoreStrategy], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a misspelt keyword in our words: it would reach a Lightning class that the user has not named."""
+    known = {
+        name
+        for parent in cls.__mro__
+        if issubclass(parent, Strategy) and "__init__" in vars(parent)
+        for name in inspect.signature(parent.__init__).parameters
+    }
+    for name in sorted(set(kwargs) - known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "GaLoreConfig describes every setting."
+        raise TypeError(f"GaLoreStrategy got an unknown argument {name}={kwargs[name]!r}; {hint}")
 
 
 def _warn_of_small_weights(table: TargetTable, rank: int) -> None:
