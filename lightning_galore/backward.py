@@ -8,6 +8,7 @@ basis comes from the whole window's gradient; every other gradient is projected 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,9 +53,13 @@ class GradientHooks:
         self.waiting: dict[Tensor, LowGrad] = {}
         # Whether the backward that runs now is the last of its window. A plain training loop has one backward a step.
         self.armed = True
+        # Whether someone has said that it is not.
+        self.held = False
+        self._warned = False
         self._due: dict[Tensor, bool] = {}
         self._moved: set[Tensor] = set()
         self._grad_sq: dict[Tensor, Tensor] = {}
+        self._clamped_sq: dict[Tensor, Tensor] = {}
         self._exact: dict[Tensor, bool] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._removed = False
@@ -75,8 +80,13 @@ class GradientHooks:
             if param.requires_grad and param not in self._handles and not self._removed:
                 self._handles[param] = param.register_post_accumulate_grad_hook(hook)
 
+    def attach(self, params: list[Tensor]) -> None:
+        """Hook the parameters of an optimizer whose hooks may have been removed by an earlier run."""
+        self._removed = False
+        self.install(params)
+
     def remove(self) -> None:
-        """Take all hooks off for good and forget what waits."""
+        """Take all hooks off until :meth:`attach`, and forget what waits."""
         self._removed = True
         for handle in self._handles.values():
             handle.remove()
@@ -94,16 +104,18 @@ class GradientHooks:
         self._due.clear()
         self._moved.clear()
         self._grad_sq.clear()
+        self._clamped_sq.clear()
         self._exact.clear()
 
     @contextmanager
     def arming(self, armed: bool) -> Iterator[None]:
         """Say whether a backward inside is the last of its window."""
-        before, self.armed = self.armed, armed
+        before = self.armed, self.held
+        self.armed, self.held = armed, not armed
         try:
             yield
         finally:
-            self.armed = before
+            self.armed, self.held = before
 
     @torch.no_grad()
     def on_grad(self, param: Tensor) -> None:
@@ -119,6 +131,11 @@ class GradientHooks:
                 'accumulate(), or use mode="project".'
             )
         target, moves = consumer.is_target(param), self.layerwise and self.armed
+        if target and not moves and self.clip_value is not None:
+            raise RuntimeError(
+                f"Gradients are clipped by value to {self.clip_value}, but this backward is not the last one of its "
+                'step: mode="layerwise" adds up low-rank gradients, whose entries cannot be clipped. Use mode="step".'
+            )
         if not (target or moves) or (target and self._keeps_full(param, consumer)):
             return
         # After a second gradient in one window the cross term of the two is gone, and with it the norm of their sum.
@@ -126,6 +143,7 @@ class GradientHooks:
         self._grad_sq[param] = _sq(param.grad)
         if moves and self.clip_value is not None:
             param.grad.clamp_(-self.clip_value, self.clip_value)
+            self._clamped_sq[param] = _sq(param.grad)
         low_grad = self._project(param, consumer) if target else None
         if moves:
             self._move(param, low_grad, consumer)
@@ -143,6 +161,14 @@ class GradientHooks:
         if low_grad is None:
             low_grad = self.waiting[param] = consumer.prepare(param, due=self._due[param])
         else:
+            if low_grad.refresh is not None and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{low_grad.target.name} got another gradient after its basis was found from the first one of this "
+                    "step, which alone decides it. Reentrant activation checkpointing and several backwards a step do "
+                    "that: use checkpoint(use_reentrant=False), or mark all but the last backward with accumulate().",
+                    stacklevel=2,
+                )
             low_grad.add_(param.grad)
         param.grad = None
         return low_grad
@@ -170,9 +196,9 @@ class GradientHooks:
         ]
 
     def norm_sq(self, param: Tensor, low_grad: LowGrad) -> Tensor:
-        """Squared norm of a weight's gradient: the full one where that is known, else the low-rank one."""
+        """Squared norm of a weight's gradient (clamped, if it was): the full one where known, else the low-rank one."""
         if self._exact.get(param):
-            return self._grad_sq[param]
+            return self._clamped_sq.get(param, self._grad_sq[param])
         return _sq(low_grad.grad if param.grad is None else param.grad)
 
     def grad_norm(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -221,4 +247,6 @@ class GradientHooks:
 
 def _sq(grad: Tensor) -> Tensor:
     """Squared norm in fp32, 0-D, without a temporary of the gradient's size."""
+    if grad.is_sparse:
+        grad = grad.coalesce().values()
     return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32)).square()

@@ -97,8 +97,8 @@ class GaLoreOptimizer(OptimizerWrapper):
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the real parameters, and the low-rank ones that wait for a step."""
+        self.hooks.reset()  # before the groups are read: a hook of the Trainer may call this while they show proxies
         self._know_params()
-        self.hooks.reset()
         self.base.zero_grad(set_to_none)
 
     @override

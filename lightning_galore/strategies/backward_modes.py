@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -26,6 +26,8 @@ class BackwardModes(Strategy):
 
     config: GaLoreConfig
     _accumulating: bool = False
+    # Whether the user has said for which optimizer a backward in manual optimization is.
+    _declared: bool = False
     _armed_for_backward: GaLoreOptimizer | None = None
 
     def _galore_optimizers(self) -> list[GaLoreOptimizer]:
@@ -40,12 +42,15 @@ class BackwardModes(Strategy):
         **kwargs: Any,
     ) -> Any:
         """Run the closure as the last backward of its step: Lightning runs those of earlier micro-batches elsewhere."""
-        if self.config.mode == "step" or not isinstance(optimizer, GaLoreOptimizer):
+        if self.config.mode == "step":
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+        if not isinstance(optimizer, GaLoreOptimizer):
+            with self._backward_is_for(optimizer, last=True):
+                return super().optimizer_step(optimizer, closure, model, **kwargs)
         hooks = optimizer.hooks
 
         def last_closure() -> Any:
-            with hooks.arming(True):
+            with self._backward_is_for(optimizer, last=True):
                 result = closure()
             # Until the optimizer steps, a GradScaler and clipping look for gradients in its groups.
             hooks.expose(optimizer.param_groups)
@@ -69,12 +74,19 @@ class BackwardModes(Strategy):
                 self.manual_backward(loss)
             generator_optimizer.step()
         """
-        inner = getattr(optimizer, "_optimizer", optimizer)
-        if not isinstance(inner, GaLoreOptimizer):
+        with self._backward_is_for(getattr(optimizer, "_optimizer", optimizer), last=not self._accumulating):
             yield
-            return
-        with inner.hooks.arming(True):
-            yield
+
+    @contextmanager
+    def _backward_is_for(self, optimizer: Optimizer, *, last: bool) -> Iterator[None]:
+        """Let a backward inside move the weights of this optimizer only, if it is the last one of its step."""
+        self._disarm()
+        before, self._declared = self._declared, True
+        try:
+            with optimizer.hooks.arming(last) if isinstance(optimizer, GaLoreOptimizer) else nullcontext():
+                yield
+        finally:
+            self._declared = before
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -89,21 +101,39 @@ class BackwardModes(Strategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         """In manual optimization, let a plain ``manual_backward`` move the weights of the optimizer that it is for."""
         super().pre_backward(closure_loss)
-        self._armed_for_backward = None
+        self._disarm()
         module = self.lightning_module
-        if self.config.mode != "layerwise" or module is None or module.automatic_optimization or self._accumulating:
+        if self.config.mode != "layerwise" or module is None or module.automatic_optimization:
             return
-        optimizers = self._galore_optimizers()
-        if not any(optimizer.hooks.armed for optimizer in optimizers):
-            self._armed_for_backward = the_one_in_training(optimizers)
-            self._armed_for_backward.hooks.armed = True
+        if not self._accumulating and not self._declared:
+            optimizer = the_one_in_training(self.optimizers)
+            if isinstance(optimizer, GaLoreOptimizer) and not optimizer.hooks.held:
+                self._armed_for_backward = optimizer
+                optimizer.hooks.armed = True
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        except RuntimeError as error:
+            if self.config.mode == "layerwise" and "modified by an inplace operation" in str(error):
+                raise RuntimeError(
+                    'mode="layerwise" moves weights in backward, so no graph made before may go backward after it. Run '
+                    "the forward of each backward after the backward before it, mark all but the last backward of a "
+                    'step with accumulate(), or use mode="project".'
+                ) from error
+            raise
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
+        self._disarm()
+        super().post_backward(closure_loss)
+
+    def _disarm(self) -> None:
+        """Undo what :meth:`pre_backward` did; late, if a backward has raised."""
         if self._armed_for_backward is not None:
             self._armed_for_backward.hooks.armed = False
             self._armed_for_backward = None
-        super().post_backward(closure_loss)
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -123,7 +153,7 @@ class BackwardModes(Strategy):
             optimizer.hooks.remove()
 
 
-def the_one_in_training(optimizers: Sequence[GaLoreOptimizer]) -> GaLoreOptimizer:
+def the_one_in_training(optimizers: Sequence[Optimizer]) -> Optimizer:
     """The optimizer whose parameters a backward in manual optimization is for.
 
     Raises:

@@ -135,16 +135,21 @@ class GaLoreStrategy(BackwardModes):
         self._remove_hooks()
         super().setup_optimizers(trainer)
         unwrapped: list[NoTargetsError] = []
-        wrapped = [self._wrap(optimizer, unwrapped) for optimizer in self.optimizers]
+        wrapped = list(self.optimizers)
+        for i, optimizer in enumerate(self.optimizers):
+            wrapped[i] = self._wrap(optimizer, unwrapped)
+            # At once, so that teardown takes the hooks of this one off the parameters if what follows is refused.
+            self.optimizers = wrapped
         galore = [optimizer for optimizer in wrapped if isinstance(optimizer, GaLoreOptimizer)]
         if unwrapped and not galore:
             raise unwrapped[0]
         for error in unwrapped:
             rank_zero_warn(f"One of the optimizers has no weight to project and stays as it is. {error}")
         check_backward_mode(self.config, trainer, self.lightning_module, wrapped)
-        self.optimizers = wrapped
         for optimizer in galore:
             optimizer.hooks.armed = False
+            if self.config.mode != "step":
+                optimizer.hooks.attach([param for group in optimizer.param_groups for param in group["params"]])
             if self.config.mode == "layerwise" and trainer.gradient_clip_val:
                 optimizer.hooks.clip_value = float(trainer.gradient_clip_val)
             table = optimizer.targets_table()

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.optimizer import GaLoreOptimizer
 
 
 def check_backward_mode(
@@ -25,6 +26,12 @@ def check_backward_mode(
         MisconfigurationException: If an option of the Trainer or a hook of the module cannot be honoured.
     """
     mode = config.mode
+    for optimizer in optimizers:
+        if isinstance(optimizer, GaLoreOptimizer) and optimizer.config.mode != mode:
+            raise MisconfigurationException(
+                f"configure_optimizers returned a GaLoreOptimizer with mode={optimizer.config.mode!r}, and the "
+                f"strategy has mode={mode!r}. Set the same mode on both, or return the optimizer that it wraps."
+            )
     if mode == "step":
         return
     params = [id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
@@ -36,12 +43,13 @@ def check_backward_mode(
     if mode == "layerwise":
         _check_layerwise(trainer, module)
     else:
-        _check_project(trainer, config)
-    if module is not None and is_overridden("on_before_optimizer_step", module):
-        rank_zero_warn(
-            f"mode={mode!r}: in on_before_optimizer_step the full gradients (`param.grad`) are gone. "
-            "The optimizer's grad_norm() has their norm."
-        )
+        _check_project(trainer, module, config)
+    for hook in ("on_after_backward", "on_before_optimizer_step"):
+        if module is not None and is_overridden(hook, module):
+            rank_zero_warn(
+                f"mode={mode!r}: in {hook} the full gradients (`param.grad`) are gone. "
+                "The optimizer's grad_norm() has their norm, and only its zero_grad() drops what is kept of them."
+            )
 
 
 def _check_layerwise(trainer: Trainer, module: LightningModule | None) -> None:
@@ -68,12 +76,17 @@ def _check_layerwise(trainer: Trainer, module: LightningModule | None) -> None:
         )
 
 
-def _check_project(trainer: Trainer, config: GaLoreConfig) -> None:
+def _check_project(trainer: Trainer, module: LightningModule | None, config: GaLoreConfig) -> None:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if config.clip_weight_norm is not None and (scaler is not None or trainer.gradient_clip_val):
         raise MisconfigurationException(
             f'clip_weight_norm={config.clip_weight_norm} with a GradScaler or gradient_clip_val: mode="project" knows '
             'the norm of each gradient only before either has scaled it. Use one of them, or mode="step".'
+        )
+    if module is not None and is_overridden("configure_gradient_clipping", module):
+        rank_zero_warn(
+            'mode="project": in configure_gradient_clipping call self.clip_gradients, or clip the parameters in the '
+            "optimizer's param_groups; self.parameters() have no gradients."
         )
     if not trainer.gradient_clip_val:
         return

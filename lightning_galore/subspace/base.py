@@ -120,7 +120,8 @@ class Subspace(ABC):
         A gradient that is zero or not finite never reaches a decomposition: there the caller keeps what it has.
         This is the one place where a step waits for the device, and only at a refresh.
         """
-        if not 0 < float(grad.abs().amax()) < float("inf"):
+        # Not grad.abs().amax(), which would copy the gradient at the very moment when memory is shortest.
+        if not 0 < float(torch.linalg.vector_norm(grad, torch.inf)) < float("inf"):
             return None
         pair = self._pair(grad, projection.rank, generator)
         if pair is None:
