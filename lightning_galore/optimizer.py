@@ -65,9 +65,12 @@ class GaLoreOptimizer(Optimizer):
             )
         base_rules.check_base(base)
         targets, table = select_targets(model, base.param_groups, config)
+        if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
+            state_keys.check_loadable(base.state_dict(), base.param_groups, targets)
         self._attach(base, config, targets, table, model)
         for param, target in targets.items():
-            base_rules.shrink_eager_state(base, param, target.projection.low_shape)
+            if not any(map(state_keys.is_ours, base.state.get(param, ()))):
+                base_rules.shrink_eager_state(base, param, target.projection.low_shape)
 
     def _attach(
         self,
