@@ -168,8 +168,16 @@ def exit_status(run: Callable[[], int], *, prog: str, with_traceback: bool = Fal
         if with_traceback or os.environ.get(_TRACEBACK_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
         else:
-            sys.stderr.write(f"{prog}: error: {error}\n({_TRACEBACK_VARIABLE}=1 shows where it was raised)\n")
+            message = _own_message(error)
+            sys.stderr.write(f"{prog}: error: {message}\n({_TRACEBACK_VARIABLE}=1 shows where it was raised)\n")
         return 1
+
+
+def _own_message(error: BaseException) -> str:
+    """What a constructor said, without the account of union types that jsonargparse wraps around it."""
+    while error.__cause__ is not None and "Does not validate against any of the Union" in str(error):
+        error = error.__cause__
+    return str(error)
 
 
 if __name__ == "__main__":
