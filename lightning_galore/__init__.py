@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank gradient training (the GaLore family) for PyTorch Lightning."""
 
+from lightning_galore.callbacks import GradNormMonitor
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.strategies import GaLoreSingleDeviceStrategy, GaLoreStrategy
 
 __version__ = "0.1.0"
 
-__all__ = ["GaLoreConfig", "GaLoreOptimizer", "GaLoreSingleDeviceStrategy", "GaLoreStrategy", "__version__"]
+__all__ = [
+    "GaLoreConfig",
+    "GaLoreOptimizer",
+    "GaLoreSingleDeviceStrategy",
+    "GaLoreStrategy",
+    "GradNormMonitor",
+    "__version__",
+]

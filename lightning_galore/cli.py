@@ -28,7 +28,7 @@ _TRAINER_COMMANDS = {
     "predict": "run a model over the prediction data",
 }
 #: What a mistake of the user raises; anything else is ours and is shown with its traceback.
-_USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException)
+_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MisconfigurationException)
 
 
 class GaLoreCLI(LightningCLI):

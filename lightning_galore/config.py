@@ -13,6 +13,7 @@ SubspaceName = Literal["auto", "randomized", "svd", "gaussian", "random_orthonor
 ScheduleName = Literal["fixed"]
 LiftName = Literal["project_back"]
 BasisStorage = Literal["param", "fp32", "bf16", "fp16"]
+Mode = Literal["step", "project", "layerwise"]
 Method = Literal["galore", "galore2"]
 
 # A named method is nothing but a row of choices; it fills the axes that the user left at "auto".
@@ -39,6 +40,9 @@ class GaLoreConfig:
         scale: Factor on the projected-back update (``alpha`` in the paper).
         proj_type: Which side is projected. ``std``: the shorter dimension; ``reverse_std``: the longer one; ``left``:
             rows; ``right``: columns; ``full``: both (the low-rank gradient is ``r x r``).
+        mode: When gradients are projected and weights move. ``step``: both in ``optimizer.step``. ``project``:
+            gradients in backward, where each full one is freed at once. ``layerwise``: weights in backward too, and no
+            gradient outlives it.
         target_modules: Which modules' weights are projected: ``"all-linear"`` (every ``nn.Linear`` but the output head
             and what is tied to an embedding), a regular expression that must match the whole module name, or a list of
             substrings, expressions and module classes (``torch.nn.Linear``, or ``"class:torch.nn.Linear"`` in YAML).
@@ -49,6 +53,8 @@ class GaLoreConfig:
         schedule: When a basis is refreshed. ``fixed``: at steps 0, gap, 2 gap, ...
         lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``.
         basis_storage: Data type in which a basis is kept: that of the weight (``param``), or a type of its own.
+        clip_weight_norm: Clip the gradient of each parameter by itself to this norm, in every mode. Clipping by the
+            global norm is the Trainer's ``gradient_clip_val``, which ``mode="layerwise"`` cannot honour.
         fix_signs: Fix the arbitrary signs of singular vectors, so that runs repeat across machines. ``False`` keeps
             LAPACK's signs, for parity with galore-torch.
         dense_lr_factor: Factor on the learning rate of the weights that are *not* projected. They get no ``scale``, so
@@ -70,6 +76,7 @@ class GaLoreConfig:
     update_proj_gap: int = 200
     scale: float = 0.25
     proj_type: ProjType = "std"
+    mode: Mode = "step"
     target_modules: str | type | Sequence[str | type] = "all-linear"
     ignore_modules: str | type | Sequence[str | type] = ()
     method: Method | None = None
@@ -77,6 +84,7 @@ class GaLoreConfig:
     schedule: ScheduleName = "fixed"
     lift: LiftName = "project_back"
     basis_storage: BasisStorage = "param"
+    clip_weight_norm: float | None = None
     fix_signs: bool = True
     dense_lr_factor: float = 1.0
     seed: int = 0
@@ -89,7 +97,10 @@ class GaLoreConfig:
         _check_int("seed", self.seed, minimum=0, remedy="use any integer from 0 on")
         _check_positive("scale", self.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
         _check_positive("dense_lr_factor", self.dense_lr_factor, remedy="1.0 leaves the learning rate as it is")
+        if self.clip_weight_norm is not None:
+            _check_positive("clip_weight_norm", self.clip_weight_norm, remedy="None clips nothing")
         _check_choice("proj_type", self.proj_type, get_args(ProjType))
+        _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("method", self.method, (None, *METHODS))
         _check_choice("subspace", self.subspace, get_args(SubspaceName))
         _check_choice("schedule", self.schedule, get_args(ScheduleName))

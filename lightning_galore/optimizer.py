@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -13,17 +14,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_rules, linalg, state_keys, storage
+from lightning_galore import base_rules, memory, state_keys
+from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS
+from lightning_galore.low_grad import LowGrad, Projector
 from lightning_galore.proxies import Shown, Swap, swapped_in
-from lightning_galore.schedule import SCHEDULES
 from lightning_galore.state_keys import WeightState
-from lightning_galore.subspace import SUBSPACES, Projection, seeded_generator
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
+from lightning_galore.wrapper import OptimizerWrapper
 
 
-class GaLoreOptimizer(Optimizer):
+class GaLoreOptimizer(OptimizerWrapper):
     """Low-rank training with any torch optimizer: wraps ``base``, and shares its groups, state and defaults.
 
     ``param_groups`` list the real parameters, so LR schedulers, clipping, GradScaler and callbacks work as before, and
@@ -51,10 +53,6 @@ class GaLoreOptimizer(Optimizer):
         torch.Size([16, 2])
     """
 
-    # The GradScaler asks this before it lets a fused optimizer unscale by itself. It would hand the scale to this
-    # object, and base would never see it: so it has to unscale as for any other optimizer.
-    _step_supports_amp_scaling = False
-
     def __init__(
         self, base: Optimizer, model: nn.Module | None = None, config: GaLoreConfig | None = None, **settings: Any
     ) -> None:
@@ -63,8 +61,10 @@ class GaLoreOptimizer(Optimizer):
             raise ValueError(
                 f"base={type(base).__name__} is a GaLoreOptimizer already; use it as it is, or wrap its .base."
             )
-        base_rules.check_base(base)
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
         targets, table = select_targets(model, base.param_groups, config)
+        base_rules.check_base(base)
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
             state_keys.check_loadable(base.state_dict(), base.param_groups, targets)
         self._attach(base, config, targets, table, model)
@@ -80,63 +80,28 @@ class GaLoreOptimizer(Optimizer):
         table: TargetTable,
         model: nn.Module | None = None,
     ) -> None:
-        # Imitate the wrapped class, as LightningOptimizer does, so that isinstance checks in user code hold.
-        # No super().__init__(): groups, state, defaults and hooks are those of the wrapped optimizer (see __getattr__).
-        self.__class__ = type(f"GaLore{type(base).__name__}", (type(self), type(base)), {"__doc__": type(self).__doc__})
-        self.base = base
+        super().__init__(base)
         self.config = config
         self.targets = targets
         self._table = table
         self._model = weakref.ref(model) if model is not None else None
-        self._subspace = SUBSPACES[config.subspace]()
-        self._schedule = SCHEDULES[config.schedule]()
+        self._projector = Projector(config)
         self._lift = LIFTS[config.lift]()
-        self._patch_step_function()
-
-    # -- what the wrapped optimizer owns -------------------------------------------------------------------------------
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The wrapped optimizer, under the name by which Lightning's LearningRateMonitor unwraps one."""
-        return self.base
-
-    @property  # type: ignore[explicit-override]  # of the setter, which cannot be decorated so
-    @override
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups, with the real parameters. Never cached: torch rebinds the list on load."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-        self._select_again()
-
-    @property
-    @override
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
-        """The wrapped optimizer's state by real parameter; that of a projected weight is low-rank, plus its basis."""
-        return cast("dict[Tensor, Any]", self.base.state)
-
-    @property
-    @override
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's defaults."""
-        return self.base.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "base" or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return getattr(self.base, name)
+        self._group_index: dict[Tensor, int] = {}
+        self.hooks = GradientHooks(self, layerwise=config.mode == "layerwise")
+        self._know_params()
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer (a callback unfreezes layers) and choose its targets."""
         self.base.add_param_group(param_group)
-        self._select_again()
+        self._groups_changed()
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the real parameters."""
+        """Clear the gradients of the real parameters, and the low-rank ones that wait for a step."""
+        self._know_params()
+        self.hooks.reset()
         self.base.zero_grad(set_to_none)
 
     @override
@@ -148,8 +113,10 @@ class GaLoreOptimizer(Optimizer):
         # The class is made on the fly, so pickle and deepcopy go through the one that it was made from.
         return _rebuild, (type(self).__bases__[0], self.base, self.config, self.targets, self._table)
 
-    def _select_again(self) -> None:
+    @override
+    def _groups_changed(self) -> None:
         """Choose targets among parameters that came later. What is projected already has low-rank state: it stays."""
+        self._know_params()
         model = self._model() if self._model else None
         for group in self.param_groups:
             base_rules.check_decay(self.base, group)
@@ -163,6 +130,13 @@ class GaLoreOptimizer(Optimizer):
                 self.targets[param] = target
         # Called through a LightningOptimizer, self is that one, which keeps attributes of its own.
         vars(getattr(self, "_optimizer", self))["_table"] = table
+
+    def _know_params(self) -> None:
+        """Note where each parameter stands, and hook those that have come or were unfrozen since."""
+        # Changed in place, not assigned: self may be a LightningOptimizer here too.
+        self._group_index.update((p, i) for i, group in enumerate(self.param_groups) for p in group["params"])
+        if self.config.mode != "step":
+            self.hooks.install(list(self._group_index))
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -182,97 +156,137 @@ class GaLoreOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        swaps = [
-            self._project(param, group)
-            for group in self.param_groups
-            for param in group["params"]
-            if param in self.targets and param.grad is not None
-        ]
-        output = None
-        for shown in self._batches(swaps):
-            with swapped_in(self.base, self.targets, shown, dense_lr_factor=self.config.dense_lr_factor):
-                output = self.base.step(closure=None, **kwargs)
-        for swap in swaps:
-            self._lift_onto_weight(swap)
+        self.hooks.unexpose()
+        swaps, dense = [], []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param not in self.targets:
+                    dense.append(param)
+                elif param in self.hooks.waiting or param.grad is not None:
+                    swaps.append(self._swap(param, group, self._take(param)))
+        output = self._update(swaps, dense, **kwargs)
+        self.hooks.end_window()
         return loss if closure is not None else output
 
-    def _project(self, param: Tensor, group: dict[str, Any]) -> Swap:
-        """Refresh the basis if it is due, project the gradient and with it a coupled weight decay."""
-        target = self.targets[param]
-        state = WeightState(self.state[param], target.projection)
-        grad = cast("Tensor", param.grad)
-        if grad.is_sparse:
-            raise ValueError(
-                f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
-            )
-        gap = group.get("update_proj_gap") or self.config.update_proj_gap
-        if self._schedule.due(state.step, state.record(gap)):
-            self._refresh(param, grad, target, state)
-        bases = state.bases
-        low_grad = target.projection.project(grad, bases)
+    def _take(self, param: Tensor) -> LowGrad:
+        """The weight's low-rank gradient: what waits from backward, and what its full gradient still holds."""
+        low_grad = self.hooks.waiting.pop(param, None)
+        if low_grad is None:
+            return self.prepare(param, due=self.is_due(param))
+        if param.grad is not None:
+            low_grad.add_(param.grad)
+        return low_grad
+
+    def _swap(self, param: Tensor, group: dict[str, Any], low_grad: LowGrad) -> Swap:
+        """Make the weight's low-rank gradient what ``base`` shall see: clipped, and with a coupled decay in it."""
+        self._clip_weight(low_grad.grad, self.hooks.norm_sq(param, low_grad))
         decay = group.get("weight_decay") or 0.0
         if decay and base_rules.decay_kind(self.base, group) != "decoupled":
             # base adds weight_decay times the proxy, which is zero. It would negate the gradient before adding.
             sign = -1.0 if group.get("maximize") else 1.0
-            low_grad.add_(target.projection.project(param, bases), alpha=sign * decay)
-        proxy = nn.Parameter(torch.zeros_like(low_grad))
-        proxy.grad = low_grad
-        return Swap(param, proxy, target, group)
+            low_grad.grad.add_(low_grad.target.projection.project(param, low_grad.bases), alpha=sign * decay)
+        return Swap(param, low_grad, group)
 
-    def _refresh(self, param: Tensor, grad: Tensor, target: Target, state: WeightState) -> None:
-        """Find a new basis from the gradient; where there is none, keep the old one, or begin with unit vectors."""
-        generator = seeded_generator(grad.device, seed=self.config.seed, name=target.name, refresh=state.num_refreshes)
-        found = self._subspace.find(grad, target.projection, generator=generator, fix_signs=self.config.fix_signs)
-        if found is None:
-            state.count_failure()
-            if state.has_bases:
-                return
-            found = tuple(linalg.identity_basis(d, r, like=grad) for d, r in target.projection.basis_shapes)
-            state.set_bases(self._store(found, param), refreshed=False)
-            return
-        bases = self._store(found, param)
-        overlap = -1.0
-        if state.refreshed_at >= 0 and self._subspace.orthonormal:
-            pairs = zip(state.bases, bases, strict=True)
-            overlap = float(sum(linalg.overlap(old, new) for old, new in pairs)) / len(bases)
-        state.set_bases(bases, refreshed=True, overlap=overlap)
+    def _update(self, swaps: list[Swap], dense: Collection[Tensor], **kwargs: Any) -> Any:
+        """Step ``base`` on the proxies of ``swaps`` and on the ``dense`` parameters, and lift onto the weights."""
+        for param in dense:
+            if param.grad is not None:
+                self._clip_weight(param.grad, None)
+        output = None
+        for shown in self._batches(swaps, dense):
+            with swapped_in(self.base, shown, dense_lr_factor=self.config.dense_lr_factor):
+                output = self.base.step(closure=None, **kwargs)
+        for swap in swaps:
+            self._lift_onto_weight(swap)
+        return output
 
-    def _store(self, bases: Sequence[Tensor], param: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            storage.write(basis, storage=self.config.basis_storage, param_dtype=param.dtype) for basis in bases
-        )
+    def _clip_weight(self, grad: Tensor, norm_sq: Tensor | None) -> None:
+        """Scale one weight's gradient down to ``clip_weight_norm``, by the norm of its full gradient."""
+        limit = self.config.clip_weight_norm
+        if limit is not None:
+            norm = torch.linalg.vector_norm(grad) if norm_sq is None else norm_sq.sqrt()
+            grad.mul_((limit / norm.clamp(min=limit)).to(grad.dtype))
 
-    def _batches(self, swaps: list[Swap]) -> Iterator[Shown]:
+    def _batches(self, swaps: list[Swap], dense: Collection[Tensor]) -> Iterator[Shown]:
         """The calls of ``base.step``: one for all, but one a weight where the step is relative to the weight's size."""
         if not base_rules.reads_rms(self.base):
-            yield Shown(swaps=swaps, overrides={})
+            yield Shown(swaps=swaps, dense=dense)
             return
         for swap in swaps:
             # Adafactor steps by max(eps2, RMS(W)) and a zero proxy has RMS 0: so let eps2 be what the weight gives.
             eps1, eps2 = swap.group["eps"]
             rms = float(swap.param.norm(2)) / swap.param.numel() ** 0.5
-            yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))}, dense=False)
-        yield Shown(swaps=[], overrides={})
+            yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))})
+        yield Shown(dense=dense)
 
     def _lift_onto_weight(self, swap: Swap) -> None:
-        projection = swap.target.projection
-        state = WeightState(self.state[swap.param], projection)
-        decay = swap.group.get("weight_decay") or 0.0
-        if decay and base_rules.decay_kind(self.base, swap.group) == "decoupled":
+        """Move the weight, and only now commit its refresh: where ``base`` raises, nothing has changed."""
+        low_grad, group = swap.low_grad, swap.group
+        projection = low_grad.target.projection
+        state = self._weight_state(swap.param)
+        self._projector.commit(low_grad, state)
+        decay = group.get("weight_decay") or 0.0
+        if decay and base_rules.decay_kind(self.base, group) == "decoupled":
             # A zero proxy cannot decay, so base's own decay of it does nothing. Not before base's step: Adafactor's is
-            # relative to the weight before its decay, and where base raises no weight has changed.
-            swap.param.mul_(1 - swap.group["lr"] * decay)
-        scale = swap.group.get("scale") or self.config.scale
-        factor = base_rules.lift_factor(swap.group, projection.shape, projection.low_shape)
-        self._lift.apply_(swap.param, swap.proxy.detach(), projection, state.bases, scale=scale * factor)
+            # relative to the weight before its decay.
+            swap.param.mul_(1 - group["lr"] * decay)
+        scale = group.get("scale") or self.config.scale
+        factor = base_rules.lift_factor(group, projection.shape, projection.low_shape)
+        update = low_grad.proxy.detach()
+        self._lift.apply_(swap.param, update, projection, low_grad.bases, scale=scale * factor)
         state.count_step()
 
-    # -- state and reports ---------------------------------------------------------------------------------------------
+    def _weight_state(self, param: Tensor) -> WeightState:
+        return WeightState(self.state[param], self.targets[param].projection)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict: tensors and numbers only, so it loads with ``weights_only=True``."""
-        return self.base.state_dict()
+    # -- gradients that are consumed in backward -----------------------------------------------------------------------
+
+    def is_target(self, param: Tensor) -> bool:
+        """Whether ``param`` is projected."""
+        return param in self.targets
+
+    def is_due(self, param: Tensor) -> bool:
+        """Whether the next step of a projected weight refreshes its basis."""
+        return self._projector.due(self._weight_state(param), self._group_of(param))
+
+    def prepare(self, param: Tensor, *, due: bool) -> LowGrad:
+        """Project ``param.grad``, with a new basis if one is due. Nothing is changed until :meth:`step` commits it."""
+        grad = cast("Tensor", param.grad)
+        return self._projector.prepare(grad, self.targets[param], self._weight_state(param), due=due)
+
+    @torch.no_grad()
+    def move(self, param: Tensor, low_grad: LowGrad | None) -> None:
+        """Update one parameter now, in backward.
+
+        Args:
+            param: The parameter.
+            low_grad: Its projected gradient; None to step on ``param.grad`` as ``base`` does.
+        """
+        if low_grad is None:
+            self._update([], [param])
+        else:
+            self._update([self._swap(param, self._group_of(param), low_grad)], [])
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        return self.param_groups[self._group_index[param]]
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Mark every backward of a step but the last, for gradient accumulation in a training loop of your own.
+
+        Inside, ``mode="layerwise"`` moves no weight, and a weight whose refresh is due keeps its full gradient, so that
+        its new basis comes from all micro-batches. Under Lightning's Trainer this is done for you.
+        """
+        return self.hooks.arming(False)
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the full gradients of all parameters, 0-D; valid between backward and :meth:`step` in every mode.
+
+        Exact, but for a weight of ``mode="project"`` or ``"layerwise"`` that accumulated several gradients: the cross
+        terms of what projecting left out went with them, and its low-rank norm counts.
+        """
+        return self.hooks.grad_norm(self.param_groups)
+
+    # -- state and reports ---------------------------------------------------------------------------------------------
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # torch.distributed.checkpoint passes it by keyword
@@ -293,26 +307,12 @@ class GaLoreOptimizer(Optimizer):
 
         Bytes are those held, and before the first step those that ``base`` and the basis will take.
         """
-        groups = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
-        known: dict[tuple[Any, ...], int] = {}
-        held: dict[Target, int] = {}
-        for param, target in self.targets.items():
-            low_shape = target.projection.low_shape
-            state = self.state.get(param) or {}
-            own = {key: value for key, value in state.items() if not state_keys.is_ours(key)}
-            key = (groups[param], low_shape, param.dtype, param.device)
-            if not own and key not in known:
-                known[key] = base_rules.probe_state(self.base, self.param_groups[groups[param]], low_shape, param)
-            held[target] = (storage.nbytes(own) if own else known[key]) + self._basis_bytes(target.projection, param)
+        held = memory.held_bytes(self.base, self.targets, self.config)
         rows = [
             dataclasses.replace(row, state_bytes=held.get(row.target)) if row.target else row
             for row in self._table.rows
         ]
         return TargetTable(tuple(rows))
-
-    def _basis_bytes(self, projection: Projection, param: Tensor) -> int:
-        itemsize = storage.storage_dtype(self.config.basis_storage, param.dtype).itemsize
-        return sum(d * r for d, r in projection.basis_shapes) * itemsize
 
 
 def _rebuild(

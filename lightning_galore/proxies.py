@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_galore import state_keys
-from lightning_galore.targets import Target
+from lightning_galore.low_grad import LowGrad
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Swap:
     """One projected weight in the middle of a step."""
 
     param: Tensor  # (m, n)
-    proxy: nn.Parameter  # zeros of the low-rank shape; its grad is the projected gradient
-    target: Target
+    low_grad: LowGrad
     group: dict[str, Any]
 
 
@@ -32,24 +31,21 @@ class Shown:
 
     Args:
         swaps: The projected weights that are stepped.
-        dense: Whether the weights that are not projected are stepped too.
+        dense: The parameters that are stepped as they are.
         overrides: Settings of all groups for this call only.
     """
 
-    swaps: Sequence[Swap]
-    dense: bool = True
-    overrides: Mapping[str, Any]
+    swaps: Sequence[Swap] = ()
+    dense: Collection[Tensor] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
-def swapped_in(
-    base: Optimizer, targets: Mapping[Tensor, Target], shown: Shown, *, dense_lr_factor: float
-) -> Iterator[None]:
+def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iterator[None]:
     """Let ``base`` see proxies in place of weights, and state without our keys; put all back whatever happens.
 
     Args:
         base: The wrapped optimizer.
-        targets: All its projected weights.
         shown: What it sees inside.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
     """
@@ -61,11 +57,11 @@ def swapped_in(
         # An optimizer takes an empty state for the sign of a first step, so only its own keys may be there.
         own = {key: value for key, value in kept[swap.param].items() if not state_keys.is_ours(key)}
         if own:
-            base.state[swap.proxy] = own
+            base.state[swap.low_grad.proxy] = own
     try:
         # The user's step hooks run once around the whole step, on real parameters: through the wrapper.
         base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-        base.param_groups = groups + _put_proxies(groups, targets, shown, dense_lr_factor)
+        base.param_groups = groups + _put_proxies(groups, shown, dense_lr_factor)
         yield
     finally:
         base.param_groups = groups
@@ -74,20 +70,19 @@ def swapped_in(
             group.update({key: before[key] for key in ("params", *shown.overrides)})
         for swap in shown.swaps:
             ours = {key: value for key, value in kept[swap.param].items() if state_keys.is_ours(key)}
-            base.state[swap.param] = {**base.state.pop(swap.proxy, {}), **ours}
+            base.state[swap.param] = {**base.state.pop(swap.low_grad.proxy, {}), **ours}
 
 
-def _put_proxies(
-    groups: Sequence[dict[str, Any]], targets: Mapping[Tensor, Target], shown: Shown, dense_lr_factor: float
-) -> list[dict[str, Any]]:
+def _put_proxies(groups: Sequence[dict[str, Any]], shown: Shown, dense_lr_factor: float) -> list[dict[str, Any]]:
     """Write proxies into the groups; return extra groups of dense weights when their learning rate is another one."""
-    proxies: dict[Tensor, Tensor] = {swap.param: swap.proxy for swap in shown.swaps}
+    proxies: dict[Tensor, Tensor] = {swap.param: swap.low_grad.proxy for swap in shown.swaps}
+    dense = set(shown.dense)
     apart = []
     for group in groups:
         params = group["params"]
         # What has no gradient is skipped by any optimizer: it stays, because bitsandbytes finds settings by position.
         idle = {param for param in params if param.grad is None}
-        plain = [param for param in params if shown.dense and param not in targets]
+        plain = [param for param in params if param in dense]
         if dense_lr_factor != 1.0:
             apart.append({**group, "params": plain, "lr": group["lr"] * dense_lr_factor})
             plain = []

@@ -34,7 +34,7 @@ def is_ours(key: str) -> bool:
 
 
 class WeightState:
-    """Reads and writes the subspace's keys in one weight's state; holds nothing itself.
+    """Reads and writes the subspace's keys in one weight's state; holds nothing itself, and reading changes nothing.
 
     Args:
         state: ``optimizer.state[param]``.
@@ -44,24 +44,31 @@ class WeightState:
     def __init__(self, state: dict[str, Any], projection: Projection) -> None:
         self._state = state
         self._projection = projection
-        state.setdefault(SIDE, SIDE_CODES[projection.side])
-        for key, start in ((STEP, 0), (REFRESHED_AT, -1), (REFRESHES, 0), (FAILURES, 0), (OVERLAP, -1.0)):
-            state.setdefault(key, start)
 
     @property
     def step(self) -> int:
         """Updates of this weight done so far."""
-        return int(self._state[STEP])
+        return int(self._state.get(STEP, 0))
 
     @property
     def refreshed_at(self) -> int:
         """Step of the last refresh, -1 when none has succeeded."""
-        return int(self._state[REFRESHED_AT])
+        return int(self._state.get(REFRESHED_AT, -1))
 
     @property
     def num_refreshes(self) -> int:
         """Refreshes that succeeded."""
-        return int(self._state[REFRESHES])
+        return int(self._state.get(REFRESHES, 0))
+
+    @property
+    def num_failures(self) -> int:
+        """Refreshes that were due and found no basis."""
+        return int(self._state.get(FAILURES, 0))
+
+    @property
+    def overlap(self) -> float:
+        """Of the last two bases, -1.0 before the second refresh."""
+        return float(self._state.get(OVERLAP, -1.0))
 
     @property
     def has_bases(self) -> bool:
@@ -76,24 +83,32 @@ class WeightState:
     def record(self, gap: int) -> RefreshRecord:
         """What a schedule may know."""
         return RefreshRecord(
-            refreshed_at=self.refreshed_at, num_refreshes=self.num_refreshes, gap=gap, overlap=self._state[OVERLAP]
+            refreshed_at=self.refreshed_at, num_refreshes=self.num_refreshes, gap=gap, overlap=self.overlap
         )
 
-    def set_bases(self, bases: Sequence[Tensor], *, refreshed: bool, overlap: float = -1.0) -> None:
-        """Keep new bases; ``refreshed`` is False for a stand-in, which is replaced as soon as a gradient allows."""
-        self._state.update(zip(basis_keys(self._projection), bases, strict=True))
-        if refreshed:
-            self._state[REFRESHED_AT] = self.step
-            self._state[REFRESHES] += 1
-            self._state[OVERLAP] = overlap
+    def record_refresh(self, bases: Sequence[Tensor] | None, *, found: bool, overlap: float) -> None:
+        """Write what a due refresh came to.
+
+        Args:
+            bases: New bases, or None to keep the old ones.
+            found: False for a failure; ``bases`` are then stand-ins, replaced as soon as a gradient allows.
+            overlap: Of the old and the new bases.
+        """
+        if bases is not None:
+            self._state.update(zip(basis_keys(self._projection), bases, strict=True))
+        self._state.update(
+            {
+                SIDE: SIDE_CODES[self._projection.side],
+                REFRESHED_AT: self.step if found else self.refreshed_at,
+                REFRESHES: self.num_refreshes + found,
+                FAILURES: self.num_failures + (not found),
+                OVERLAP: overlap if found else self.overlap,
+            }
+        )
 
     def count_step(self) -> None:
         """One update more."""
-        self._state[STEP] += 1
-
-    def count_failure(self) -> None:
-        """One refresh more that found no basis."""
-        self._state[FAILURES] += 1
+        self._state[STEP] = self.step + 1
 
 
 def basis_keys(projection: Projection) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ class TargetTable:
         total = sum(math.prod(row.shape) for row in self.rows)
         text = f"{len(self.taken)} of {len(self.rows)} parameters are projected, {weights:,} of {total:,} entries"
         held = [row.state_bytes for row in self.taken if row.state_bytes is not None]
-        return f"{text}; low-rank state {sum(held) / 2**20:,.2f} MiB." if held else f"{text}."
+        return f"{text}; low-rank state {_readable(sum(held))}." if held else f"{text}."
 
 
 def clean_name(name: str) -> str:
@@ -181,6 +181,8 @@ class Selector:
             return "not a parameter of the model"
         if param in self.ignored:
             return "ignore_modules"
+        if "parametrizations" in self.names[param].split("."):
+            return "parametrized: the weight is computed from it"
         if param not in self.matched:
             return "not in target_modules" if param.ndim > 1 else f"order {param.ndim}"
         if param in self.embeddings:
@@ -204,7 +206,7 @@ def select_targets(
         The targets by parameter, and the table of every parameter of the groups and the model.
 
     Raises:
-        NoTargetsError: If nothing is projected.
+        NoTargetsError: If nothing is projected, and nothing frozen could be once it is added to the optimizer.
     """
     selector = Selector(model, config)
     targets: dict[Tensor, Target] = {}
@@ -219,11 +221,16 @@ def select_targets(
             name = selector.names.get(param, fallback)
             rows.append(TargetRow(name=name, shape=tuple(param.shape), target=target, reason=reason))
     given = {param for group in param_groups for param in group["params"]}
+    later = False
     for param, name in selector.names.items():
         if param not in given:
-            rows.append(TargetRow(name=name, shape=tuple(param.shape), target=None, reason="not in this optimizer"))
+            # Finetuning callbacks freeze a backbone and add it to the optimizer later, when it is projected.
+            frozen = not param.requires_grad and selector.select(param, {}, name)[0] is not None
+            later = later or frozen
+            reason = "not in this optimizer" + (" (frozen; projected once it is added)" if frozen else "")
+            rows.append(TargetRow(name=name, shape=tuple(param.shape), target=None, reason=reason))
     table = TargetTable(tuple(rows))
-    if not targets:
+    if not targets and not later:
         raise NoTargetsError(_no_targets_message(table, selector))
     return targets, table
 
@@ -240,6 +247,10 @@ def _no_targets_message(table: TargetTable, selector: Selector) -> str:
         + (f"Linear modules here: {linear}. " if linear else "There is no nn.Linear here. ")
         + "Name modules that hold matrices larger than the rank, or lower the rank."
     )
+
+
+def _readable(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 def _matches(patterns: str | type | Sequence[str | type], name: str, module: nn.Module, argument: str) -> bool:

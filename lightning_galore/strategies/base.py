@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -22,11 +24,14 @@ from lightning_galore.config import (
     GaLoreConfig,
     LiftName,
     Method,
+    Mode,
     ProjType,
     ScheduleName,
     SubspaceName,
 )
 from lightning_galore.optimizer import GaLoreOptimizer
+from lightning_galore.strategies.backward_modes import BackwardModes
+from lightning_galore.strategies.checks import check_backward_mode
 from lightning_galore.targets import NoTargetsError, TargetTable
 
 log = logging.getLogger(__name__)
@@ -34,7 +39,7 @@ log = logging.getLogger(__name__)
 BaseName = Literal["auto", "single_device"]
 
 
-class GaLoreStrategy(Strategy):
+class GaLoreStrategy(BackwardModes):
     """Low-rank gradient training in one line: ``Trainer(strategy=GaLoreStrategy(rank=256))``.
 
     Your LightningModule, its optimizer, schedulers and callbacks stay as they are: the strategy wraps every optimizer
@@ -47,6 +52,8 @@ class GaLoreStrategy(Strategy):
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace.
         scale: Factor on the projected-back update.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
+        mode: When gradients are projected and weights move: step, project (frees full gradients in backward) or
+            layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
         method: A preset by name; settings that you name win over it.
@@ -54,6 +61,7 @@ class GaLoreStrategy(Strategy):
         schedule: When a basis is refreshed.
         lift: How the low-rank update becomes a weight update.
         basis_storage: Data type in which a basis is kept.
+        clip_weight_norm: Clip the gradient of each parameter by itself to this norm.
         fix_signs: Fix the arbitrary signs of singular vectors.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
         seed: Seed of the random subspaces.
@@ -70,14 +78,13 @@ class GaLoreStrategy(Strategy):
         'GaLoreSingleDeviceStrategy'
     """
 
-    config: GaLoreConfig
-
     def __init__(
         self,
         rank: int = 128,
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: ProjType = "std",
+        mode: Mode = "step",
         target_modules: str | type | Sequence[str | type] = "all-linear",
         ignore_modules: str | type | Sequence[str | type] = (),
         method: Method | None = None,
@@ -85,6 +92,7 @@ class GaLoreStrategy(Strategy):
         schedule: ScheduleName = "fixed",
         lift: LiftName = "project_back",
         basis_storage: BasisStorage = "param",
+        clip_weight_norm: float | None = None,
         fix_signs: bool = True,
         dense_lr_factor: float = 1.0,
         seed: int = 0,
@@ -92,15 +100,18 @@ class GaLoreStrategy(Strategy):
         **kwargs: Any,
     ) -> None:
         # Here and not in __new__: jsonargparse would read the signature of that one.
-        concrete = _concrete_class(base, kwargs)
+        concrete = _concrete_class(base)
         if type(self) is GaLoreStrategy:
             self.__class__ = concrete
+        _check_names(type(self), kwargs)
+        self.device_named = "device" in kwargs
         super().__init__(**kwargs)
         self.config = GaLoreConfig(
             rank=rank,
             update_proj_gap=update_proj_gap,
             scale=scale,
             proj_type=proj_type,
+            mode=mode,
             target_modules=target_modules,
             ignore_modules=ignore_modules,
             method=method,
@@ -108,6 +119,7 @@ class GaLoreStrategy(Strategy):
             schedule=schedule,
             lift=lift,
             basis_storage=basis_storage,
+            clip_weight_norm=clip_weight_norm,
             fix_signs=fix_signs,
             dense_lr_factor=dense_lr_factor,
             seed=seed,
@@ -120,6 +132,7 @@ class GaLoreStrategy(Strategy):
         Only here, and not around ``configure_optimizers``: Lightning checks that every scheduler holds an optimizer
         that was returned. The schedulers keep the user's object, whose param groups are those of the wrapper.
         """
+        self._remove_hooks()
         super().setup_optimizers(trainer)
         unwrapped: list[NoTargetsError] = []
         wrapped = [self._wrap(optimizer, unwrapped) for optimizer in self.optimizers]
@@ -128,16 +141,22 @@ class GaLoreStrategy(Strategy):
             raise unwrapped[0]
         for error in unwrapped:
             rank_zero_warn(f"One of the optimizers has no weight to project and stays as it is. {error}")
+        check_backward_mode(self.config, trainer, self.lightning_module, wrapped)
         self.optimizers = wrapped
         for optimizer in galore:
+            optimizer.hooks.armed = False
+            if self.config.mode == "layerwise" and trainer.gradient_clip_val:
+                optimizer.hooks.clip_value = float(trainer.gradient_clip_val)
             table = optimizer.targets_table()
             rank_zero_info(f"GaLore: {table.summary()}")
             log.debug("%s", table)
+            if not optimizer.targets:
+                rank_zero_warn("No weight is projected until frozen ones are unfrozen and added to the optimizer.")
             _warn_of_small_weights(table, self.config.rank)
 
     def targets_tables(self) -> list[TargetTable]:
         """The table of every parameter, one for each wrapped optimizer; empty before ``fit``."""
-        return [optimizer.targets_table() for optimizer in self.optimizers if isinstance(optimizer, GaLoreOptimizer)]
+        return [optimizer.targets_table() for optimizer in self._galore_optimizers()]
 
     def _wrap(self, optimizer: Optimizer, unwrapped: list[NoTargetsError]) -> Optimizer:
         if isinstance(optimizer, LightningOptimizer):
@@ -184,14 +203,28 @@ class GaLoreStrategy(Strategy):
         return super().all_gather(tensor, group, sync_grads)  # type: ignore[safe-super]
 
 
-def _concrete_class(base: str, kwargs: Mapping[str, Any]) -> type[GaLoreStrategy]:
-    from lightning_galore.strategies.single_device import GaLoreAutoStrategy, GaLoreSingleDeviceStrategy
+def _concrete_class(base: str) -> type[GaLoreStrategy]:
+    from lightning_galore.strategies.single_device import GaLoreAutoStrategy
 
-    # Which device, and that there is only one, is known once the Trainer has said so: unless the user names one here.
+    # Which device, and that there is only one, is known once the Trainer has said so.
     classes: dict[str, type[GaLoreStrategy]] = {"auto": GaLoreAutoStrategy, "single_device": GaLoreAutoStrategy}
     if base not in classes:
         raise ValueError(f"base={base!r} is not known; choose one of {', '.join(map(repr, classes))}.")
-    return GaLoreSingleDeviceStrategy if "device" in kwargs else classes[base]
+    return classes[base]
+
+
+def _check_names(cls: type[GaLoreStrategy], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a misspelt keyword in our words: it would reach a Lightning class that the user has not named."""
+    known = {
+        name
+        for parent in cls.__mro__
+        if issubclass(parent, Strategy) and "__init__" in vars(parent)
+        for name in inspect.signature(parent.__init__).parameters
+    }
+    for name in sorted(set(kwargs) - known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "GaLoreConfig describes every setting."
+        raise TypeError(f"GaLoreStrategy got an unknown argument {name}={kwargs[name]!r}; {hint}")
 
 
 def _warn_of_small_weights(table: TargetTable, rank: int) -> None:

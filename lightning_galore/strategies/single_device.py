@@ -32,6 +32,7 @@ class GaLoreAutoStrategy(GaLoreStrategy, SingleDeviceStrategy):
         refuse_many_devices(devices, self.num_nodes, environment.world_size() if environment and external else 1)
         for slot in ("parallel_devices", "cluster_environment", "num_nodes"):
             self.__dict__.pop(slot, None)
-        self._root_device = devices[0]
+        if not self.device_named:
+            self._root_device = devices[0]
         self.__class__ = GaLoreSingleDeviceStrategy  # type: ignore[assignment]
         self._configure_launcher()

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modes "project" and "layerwise": hooks that consume each gradient in backward, as soon as it is complete.
+
+A *window* is what one optimizer step sees: one backward, or several under gradient accumulation. The bases never change
+inside a window. A weight whose refresh is due keeps its full gradient until the window's last backward, so that its new
+basis comes from the whole window's gradient; every other gradient is projected and freed at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_galore.low_grad import LowGrad
+
+
+class Consumer(Protocol):
+    """What the hooks ask of the optimizer that they belong to."""
+
+    def is_target(self, param: Tensor) -> bool:
+        """Whether the weight is projected."""
+
+    def is_due(self, param: Tensor) -> bool:
+        """Whether the weight's next step refreshes its basis."""
+
+    def prepare(self, param: Tensor, *, due: bool) -> LowGrad:
+        """Project ``param.grad``, with a new basis if one is due."""
+
+    def move(self, param: Tensor, low_grad: LowGrad | None) -> None:
+        """Update one parameter now: from its low-rank gradient, or from ``param.grad`` if it is not projected."""
+
+
+class GradientHooks:
+    """Post-accumulate-grad hooks on an optimizer's parameters, and the low-rank gradients that wait for its step.
+
+    Args:
+        consumer: The optimizer; held weakly, so that hooks left on parameters do not keep it alive.
+        layerwise: Update each parameter in the hook, instead of in ``step``.
+    """
+
+    def __init__(self, consumer: Consumer, *, layerwise: bool) -> None:
+        self._consumer = weakref.ref(consumer)
+        self.layerwise = layerwise
+        # Clamp each entry of a gradient to this before anything else (layerwise, where nobody else can).
+        self.clip_value: float | None = None
+        self.waiting: dict[Tensor, LowGrad] = {}
+        # Whether the backward that runs now is the last of its window. A plain training loop has one backward a step.
+        self.armed = True
+        self._due: dict[Tensor, bool] = {}
+        self._moved: set[Tensor] = set()
+        self._grad_sq: dict[Tensor, Tensor] = {}
+        self._exact: dict[Tensor, bool] = {}
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        self._removed = False
+        self._exposed: list[tuple[dict[str, Any], list[Tensor]]] | None = None
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def install(self, params: list[Tensor]) -> None:
+        """Hook the parameters that require a gradient and have no hook yet (frozen ones come later)."""
+        owner = weakref.ref(self)
+
+        def hook(param: Tensor) -> None:
+            hooks = owner()
+            if hooks is not None:
+                hooks.on_grad(param)
+
+        for param in params:
+            if param.requires_grad and param not in self._handles and not self._removed:
+                self._handles[param] = param.register_post_accumulate_grad_hook(hook)
+
+    def remove(self) -> None:
+        """Take all hooks off for good and forget what waits."""
+        self._removed = True
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new window: what waits is dropped, refreshes included."""
+        self.unexpose()
+        self.waiting.clear()
+        self.end_window()
+
+    def end_window(self) -> None:
+        """The step has been taken, or skipped."""
+        self._due.clear()
+        self._moved.clear()
+        self._grad_sq.clear()
+        self._exact.clear()
+
+    @contextmanager
+    def arming(self, armed: bool) -> Iterator[None]:
+        """Say whether a backward inside is the last of its window."""
+        before, self.armed = self.armed, armed
+        try:
+            yield
+        finally:
+            self.armed = before
+
+    @torch.no_grad()
+    def on_grad(self, param: Tensor) -> None:
+        """Consume ``param.grad``, which is complete for this backward."""
+        consumer = self._consumer()
+        if consumer is None or param.grad is None:
+            return
+        if self.layerwise and param in self._moved:
+            raise RuntimeError(
+                f"A parameter of shape {tuple(param.shape)} got a second gradient after it was updated in this "
+                'step (mode="layerwise"). Reentrant activation checkpointing and a second backward before step() '
+                "do that: use checkpoint(use_reentrant=False), mark all but the last backward of a step with "
+                'accumulate(), or use mode="project".'
+            )
+        target, moves = consumer.is_target(param), self.layerwise and self.armed
+        if not (target or moves) or (target and self._keeps_full(param, consumer)):
+            return
+        # After a second gradient in one window the cross term of the two is gone, and with it the norm of their sum.
+        self._exact[param] = param not in self._grad_sq
+        self._grad_sq[param] = _sq(param.grad)
+        if moves and self.clip_value is not None:
+            param.grad.clamp_(-self.clip_value, self.clip_value)
+        low_grad = self._project(param, consumer) if target else None
+        if moves:
+            self._move(param, low_grad, consumer)
+
+    def _keeps_full(self, param: Tensor, consumer: Consumer) -> bool:
+        """Whether a refresh is due that must wait for the window's last backward."""
+        if param not in self._due:
+            self._due[param] = consumer.is_due(param)
+        return self._due[param] and not self.armed and param not in self.waiting
+
+    def _project(self, param: Tensor, consumer: Consumer) -> LowGrad:
+        """Add to the weight's low-rank gradient and free the full one."""
+        assert param.grad is not None
+        low_grad = self.waiting.get(param)
+        if low_grad is None:
+            low_grad = self.waiting[param] = consumer.prepare(param, due=self._due[param])
+        else:
+            low_grad.add_(param.grad)
+        param.grad = None
+        return low_grad
+
+    def _move(self, param: Tensor, low_grad: LowGrad | None, consumer: Consumer) -> None:
+        """Update the parameter now; nothing of its gradient stays but the norm."""
+        self._moved.add(param)
+        self.waiting.pop(param, None)
+        if low_grad is not None and not self._exact[param]:
+            self._grad_sq[param] = _sq(low_grad.grad)
+        consumer.move(param, low_grad)
+        param.grad = None
+
+    # -- norms ---------------------------------------------------------------------------------------------------------
+
+    def residual_sq(self) -> list[Tensor]:
+        """Squared norms of what projecting left out of the waiting gradients, ``|G|^2 - |R|^2``, one a weight.
+
+        Exact for one backward a window. A weight that got several gradients counts with its low-rank norm only.
+        """
+        return [
+            (self._grad_sq[param] - _sq(low_grad.grad)).clamp(min=0)
+            for param, low_grad in self.waiting.items()
+            if self._exact.get(param)
+        ]
+
+    def norm_sq(self, param: Tensor, low_grad: LowGrad) -> Tensor:
+        """Squared norm of a weight's gradient: the full one where that is known, else the low-rank one."""
+        if self._exact.get(param):
+            return self._grad_sq[param]
+        return _sq(low_grad.grad if param.grad is None else param.grad)
+
+    def grad_norm(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Norm of all gradients of this window, 0-D: those still held, those waiting, and those already consumed."""
+        params = {param for group in groups for param in group["params"]}  # proxies and the residual, while exposed
+        parts = [_sq(param.grad) for param in params if param.grad is not None]
+        if self._exposed is None:
+            parts += [_sq(low_grad.grad) for low_grad in self.waiting.values()] + self.residual_sq()
+        parts += [self._grad_sq[param] for param in self._moved]
+        return torch.stack(parts).sum().sqrt() if parts else torch.zeros(())  # one device, as the optimizer's state
+
+    # -- showing what waits --------------------------------------------------------------------------------------------
+
+    @property
+    def exposed(self) -> bool:
+        """Whether the groups show proxies now."""
+        return self._exposed is not None
+
+    def expose(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Put the waiting proxies into the groups, so that a GradScaler unscales them and clipping sees the true norm.
+
+        One more parameter carries the norm of what projecting left out; only its gradient is ever looked at.
+
+        Args:
+            groups: The optimizer's param groups; :meth:`unexpose` puts them back.
+        """
+        if self._exposed is not None or not self.waiting:
+            return
+        self._exposed = [(group, group["params"]) for group in groups]
+        for group in groups:
+            shown = [self.waiting[param].proxy if param in self.waiting else param for param in group["params"]]
+            group["params"] = shown
+        residual = self.residual_sq()
+        if residual:
+            norm = torch.stack(residual).sum().sqrt()
+            carrier = nn.Parameter(torch.zeros_like(norm))
+            carrier.grad = norm
+            groups[0]["params"] = [*groups[0]["params"], carrier]
+
+    def unexpose(self) -> None:
+        """Undo :meth:`expose`."""
+        for group, params in self._exposed or ():
+            group["params"] = params
+        self._exposed = None
+
+
+def _sq(grad: Tensor) -> Tensor:
+    """Squared norm in fp32, 0-D, without a temporary of the gradient's size."""
+    return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32)).square()

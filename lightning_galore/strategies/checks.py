@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What modes "project" and "layerwise" can honour of the Trainer's options, and what to do about the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_galore.config import GaLoreConfig
+
+
+def check_backward_mode(
+    config: GaLoreConfig, trainer: Trainer, module: LightningModule | None, optimizers: Sequence[Optimizer]
+) -> None:
+    """Refuse at setup, naming the remedy, what cannot be right when gradients are consumed in backward.
+
+    Raises:
+        MisconfigurationException: If an option of the Trainer or a hook of the module cannot be honoured.
+    """
+    mode = config.mode
+    if mode == "step":
+        return
+    params = [id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+    if len(params) != len(set(params)):
+        raise MisconfigurationException(
+            f"mode={mode!r}: a parameter belongs to several optimizers, and the first would consume its gradient. "
+            'Give each parameter to one optimizer, or use mode="step".'
+        )
+    if mode == "layerwise":
+        _check_layerwise(trainer, module)
+    else:
+        _check_project(trainer, config)
+    if module is not None and is_overridden("on_before_optimizer_step", module):
+        rank_zero_warn(
+            f"mode={mode!r}: in on_before_optimizer_step the full gradients (`param.grad`) are gone. "
+            "The optimizer's grad_norm() has their norm."
+        )
+
+
+def _check_layerwise(trainer: Trainer, module: LightningModule | None) -> None:
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f'mode="layerwise" moves weights in backward and cannot undo a step that the GradScaler of '
+            f'precision={trainer.precision!r} wants to skip. Use precision="bf16-mixed" or mode="project".'
+        )
+    if trainer.gradient_clip_val:
+        if trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
+            raise MisconfigurationException(
+                f'gradient_clip_val={trainer.gradient_clip_val} by norm: mode="layerwise" has moved the weights before '
+                'the global norm is known. Use mode="project", or gradient_clip_algorithm="value".'
+            )
+        if _accumulates(trainer):
+            raise MisconfigurationException(
+                'gradient_clip_algorithm="value" with gradient accumulation: mode="layerwise" keeps only low-rank sums '
+                'of gradients, whose entries cannot be clipped. Use mode="step", or accumulate_grad_batches=1.'
+            )
+    if module is not None and is_overridden("configure_gradient_clipping", module):
+        raise MisconfigurationException(
+            'mode="layerwise" never holds all gradients, so configure_gradient_clipping has nothing to act on. '
+            'Use mode="project".'
+        )
+
+
+def _check_project(trainer: Trainer, config: GaLoreConfig) -> None:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if config.clip_weight_norm is not None and (scaler is not None or trainer.gradient_clip_val):
+        raise MisconfigurationException(
+            f'clip_weight_norm={config.clip_weight_norm} with a GradScaler or gradient_clip_val: mode="project" knows '
+            'the norm of each gradient only before either has scaled it. Use one of them, or mode="step".'
+        )
+    if not trainer.gradient_clip_val:
+        return
+    if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        raise MisconfigurationException(
+            f'gradient_clip_val={trainer.gradient_clip_val} by value: mode="project" has only low-rank gradients, '
+            'whose entries are others. Use gradient_clip_algorithm="norm", or mode="step" or "layerwise".'
+        )
+    if _accumulates(trainer):
+        rank_zero_info(
+            'GaLore: mode="project" accumulates gradients in low rank, so clipping uses the norm of what is kept of '
+            'them, which is smaller than the full norm. mode="step" clips by the full norm.'
+        )
+
+
+def _accumulates(trainer: Trainer) -> bool:
+    scheduled = [cb for cb in trainer.callbacks if isinstance(cb, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    return trainer.accumulate_grad_batches > 1 or any(max(cb.scheduling.values()) > 1 for cb in scheduled)
