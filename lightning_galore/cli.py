@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -175,7 +176,16 @@ def exit_status(run: Callable[[], int], *, prog: str, with_traceback: bool = Fal
 
 def _own_message(error: BaseException) -> str:
     """What a constructor said, without the account of union types that jsonargparse wraps around it."""
-    while error.__cause__ is not None and "Does not validate against any of the Union" in str(error):
+    union = "Does not validate against any of the Union"
+    while union in str(error):
+        # One line for each type of the union; what matters is not that a class is no string.
+        said = [
+            line for line in re.findall(r"^ *- (.*)$", str(error), re.MULTILINE) if not line.startswith("Expected a")
+        ]
+        if said:
+            return str(said[-1])
+        if error.__cause__ is None:
+            break
         error = error.__cause__
     return str(error)
 
