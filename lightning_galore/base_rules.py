@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_galore import state_keys, storage
+from lightning_galore import storage
 
 Decay = Literal["decoupled", "coupled", "none"]
 
@@ -184,7 +184,7 @@ def shrink_eager_state(base: Optimizer, param: Tensor, low_shape: tuple[int, int
         ValueError: If the state is not constant: the optimizer has already been stepped at full rank.
     """
     state = base.state.get(param) or {}
-    if float(state.get("step") or 0) > 0 and state_keys.BASIS not in state:
+    if float(state.get("step") or 0) > 0:
         raise ValueError(
             f"base={type(base).__name__} has already been stepped: it counts {int(state['step'])} full-rank steps. "
             "Wrap a fresh optimizer, or load a checkpoint after wrapping."

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ _TRAINER_COMMANDS = {
     "predict": "run a model over the prediction data",
 }
 #: What a mistake of the user raises; anything else is ours and is shown with its traceback.
-_USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException)
+_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MisconfigurationException)
 
 
 class GaLoreCLI(LightningCLI):
@@ -168,8 +169,25 @@ def exit_status(run: Callable[[], int], *, prog: str, with_traceback: bool = Fal
         if with_traceback or os.environ.get(_TRACEBACK_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
         else:
-            sys.stderr.write(f"{prog}: error: {error}\n({_TRACEBACK_VARIABLE}=1 shows where it was raised)\n")
+            message = _own_message(error)
+            sys.stderr.write(f"{prog}: error: {message}\n({_TRACEBACK_VARIABLE}=1 shows where it was raised)\n")
         return 1
+
+
+def _own_message(error: BaseException) -> str:
+    """What a constructor said, without the account of union types that jsonargparse wraps around it."""
+    union = "Does not validate against any of the Union"
+    while union in str(error):
+        # One line for each type of the union; what matters is not that a class is no string.
+        said = [
+            line for line in re.findall(r"^ *- (.*)$", str(error), re.MULTILINE) if not line.startswith("Expected a")
+        ]
+        if said:
+            return str(said[-1])
+        if error.__cause__ is None:
+            break
+        error = error.__cause__
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,24 @@ class Projector:
         overlap = -1.0
         if state.refreshed_at >= 0 and self.subspace.orthonormal:
             pairs = zip(state.bases, bases, strict=True)
-            overlap = float(sum(linalg.overlap(old, new) for old, new in pairs)) / len(bases)
+            # A basis that is stored in half precision is not quite orthonormal, so this could pass 1.
+            overlap = min(1.0, float(sum(linalg.overlap(old, new) for old, new in pairs)) / len(bases))
         return Refresh(bases=bases, found=True, overlap=overlap)
 
     def _store(self, bases: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
         kept = self.config.basis_storage
         return tuple(storage.write(basis, storage=kept, param_dtype=grad.dtype) for basis in bases)
+
+
+def clip_(grad: Tensor | None, max_norm: float | None, *, norm_sq: Tensor | None = None) -> None:
+    """Scale one parameter's gradient down to ``max_norm``, in place; nothing to do without either.
+
+    Args:
+        grad: A gradient, full or low-rank.
+        max_norm: ``clip_weight_norm``.
+        norm_sq: Squared norm of the full gradient, where ``grad`` is only its projection.
+    """
+    if grad is None or max_norm is None:
+        return
+    norm = torch.linalg.vector_norm(grad) if norm_sq is None else norm_sq.sqrt()
+    grad.mul_((max_norm / norm.clamp(min=max_norm)).to(grad.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -18,8 +18,8 @@ from lightning_galore import base_rules, memory, state_keys
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS
-from lightning_galore.low_grad import LowGrad, Projector
-from lightning_galore.proxies import Shown, Swap, swapped_in
+from lightning_galore.low_grad import LowGrad, Projector, clip_
+from lightning_galore.proxies import Swap, calls_of, swapped_in
 from lightning_galore.state_keys import WeightState
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
 from lightning_galore.wrapper import OptimizerWrapper
@@ -65,9 +65,12 @@ class GaLoreOptimizer(OptimizerWrapper):
             raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
         targets, table = select_targets(model, base.param_groups, config)
         base_rules.check_base(base)
+        if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
+            state_keys.check_loadable(base.state_dict(), base.param_groups, targets)
         self._attach(base, config, targets, table, model)
         for param, target in targets.items():
-            base_rules.shrink_eager_state(base, param, target.projection.low_shape)
+            if not any(map(state_keys.is_ours, base.state.get(param, ()))):
+                base_rules.shrink_eager_state(base, param, target.projection.low_shape)
 
     def _attach(
         self,
@@ -176,7 +179,7 @@ class GaLoreOptimizer(OptimizerWrapper):
 
     def _swap(self, param: Tensor, group: dict[str, Any], low_grad: LowGrad) -> Swap:
         """Make the weight's low-rank gradient what ``base`` shall see: clipped, and with a coupled decay in it."""
-        self._clip_weight(low_grad.grad, self.hooks.norm_sq(param, low_grad))
+        clip_(low_grad.grad, self.config.clip_weight_norm, norm_sq=self.hooks.norm_sq(param, low_grad))
         decay = group.get("weight_decay") or 0.0
         if decay and base_rules.decay_kind(self.base, group) != "decoupled":
             # base adds weight_decay times the proxy, which is zero. It would negate the gradient before adding.
@@ -187,34 +190,14 @@ class GaLoreOptimizer(OptimizerWrapper):
     def _update(self, swaps: list[Swap], dense: Collection[Tensor], **kwargs: Any) -> Any:
         """Step ``base`` on the proxies of ``swaps`` and on the ``dense`` parameters, and lift onto the weights."""
         for param in dense:
-            if param.grad is not None:
-                self._clip_weight(param.grad, None)
+            clip_(param.grad, self.config.clip_weight_norm)
         output = None
-        for shown in self._batches(swaps, dense):
+        for shown in calls_of(self.base, swaps, dense):
             with swapped_in(self.base, shown, dense_lr_factor=self.config.dense_lr_factor):
                 output = self.base.step(closure=None, **kwargs)
         for swap in swaps:
             self._lift_onto_weight(swap)
         return output
-
-    def _clip_weight(self, grad: Tensor, norm_sq: Tensor | None) -> None:
-        """Scale one weight's gradient down to ``clip_weight_norm``, by the norm of its full gradient."""
-        limit = self.config.clip_weight_norm
-        if limit is not None:
-            norm = torch.linalg.vector_norm(grad) if norm_sq is None else norm_sq.sqrt()
-            grad.mul_((limit / norm.clamp(min=limit)).to(grad.dtype))
-
-    def _batches(self, swaps: list[Swap], dense: Collection[Tensor]) -> Iterator[Shown]:
-        """The calls of ``base.step``: one for all, but one a weight where the step is relative to the weight's size."""
-        if not base_rules.reads_rms(self.base):
-            yield Shown(swaps=swaps, dense=dense)
-            return
-        for swap in swaps:
-            # Adafactor steps by max(eps2, RMS(W)) and a zero proxy has RMS 0: so let eps2 be what the weight gives.
-            eps1, eps2 = swap.group["eps"]
-            rms = float(swap.param.norm(2)) / swap.param.numel() ** 0.5
-            yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))})
-        yield Shown(dense=dense)
 
     def _lift_onto_weight(self, swap: Swap) -> None:
         """Move the weight, and only now commit its refresh: where ``base`` raises, nothing has changed."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_galore import state_keys
+from lightning_galore import base_rules, state_keys
 from lightning_galore.low_grad import LowGrad
 
 
@@ -38,6 +38,25 @@ class Shown:
     swaps: Sequence[Swap] = ()
     dense: Collection[Tensor] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def calls_of(base: Optimizer, swaps: Sequence[Swap], dense: Collection[Tensor]) -> Iterator[Shown]:
+    """The calls of ``base.step`` that a step takes: one for all, but one a weight where it is relative to the weight.
+
+    Args:
+        base: The wrapped optimizer.
+        swaps: The projected weights.
+        dense: The parameters that are stepped as they are.
+    """
+    if not base_rules.reads_rms(base):
+        yield Shown(swaps=swaps, dense=dense)
+        return
+    for swap in swaps:
+        # Adafactor steps by max(eps2, RMS(W)) and a zero proxy has RMS 0: so let eps2 be what the weight gives.
+        eps1, eps2 = swap.group["eps"]
+        rms = float(swap.param.norm(2)) / swap.param.numel() ** 0.5
+        yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))})
+    yield Shown(dense=dense)
 
 
 @contextmanager

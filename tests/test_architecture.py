@@ -19,9 +19,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "tasks"}),
     frozenset({"__init__"}),  # the public names: what the command line and the tasks use, like any user
     frozenset({"callbacks", "strategies"}),
-    frozenset({"backward", "distributed", "memory"}),
-    frozenset({"optimizer", "proxies", "state_keys", "targets", "convert", "foreign_state", "untrusted"}),
-    frozenset({"base_rules", "lift", "moments", "schedule", "subspace"}),
+    frozenset({"optimizer"}),
+    frozenset({"backward", "memory", "proxies", "wrapper"}),
+    frozenset({"low_grad"}),
+    frozenset({"convert", "foreign_state", "state_keys", "untrusted"}),
+    frozenset({"targets"}),
+    frozenset({"base_rules", "lift", "schedule", "subspace"}),
     frozenset({"storage"}),
     frozenset({"linalg"}),
 )

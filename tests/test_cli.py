@@ -177,3 +177,11 @@ def test_interrupt(recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr("lightning_galore.cli.GaLoreCLI", interrupt)
     assert main(["fit", "-c", recipe]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_bad_setting_of_the_strategy_is_said_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    assert main(["fit", "-c", str(recipe), "--trainer.strategy.rank", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "error: rank=0 must be at least 1; the paper uses" in error
+    assert "Namespace" not in error

@@ -2,7 +2,8 @@
 """Every optimizer that can be wrapped: with an identity basis at full rank it equals the bare one.
 
 The bare optimizer writes ``W + alpha * x`` with one fused rounding (FMA), a zero proxy rounds ``alpha * x``
-before it is lifted. Learning rates and decays are therefore powers of two: then ``alpha * x`` is exact and equality is bit for bit.
+before it is lifted. Learning rates and decays are therefore powers of two: then ``alpha * x`` is exact and equality is
+bit for bit.
 """
 
 from __future__ import annotations

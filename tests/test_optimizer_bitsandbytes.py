@@ -170,11 +170,12 @@ def test_planned_bytes_are_those_held(name: str) -> None:
 
 
 def test_settings_of_one_parameter_are_found_by_position() -> None:
-    """A frozen or gradient-free parameter does not shift those behind it."""
+    """Parameters without a gradient, projected or not, do not shift those behind them."""
     model = TinyTransformer()
     bare = TinyTransformer()
     for one in (model, bare):
         one.embedding.weight.requires_grad_(False)
+        one.blocks[0].query.weight.requires_grad_(False)  # type: ignore[union-attr]
     manager = bnb.optim.GlobalOptimManager.get_instance()
     index = [id(p) for p in model.parameters()].index(id(model.lm_head.weight))
     manager.index2config[(0, index)] = {"lr": 0.5}

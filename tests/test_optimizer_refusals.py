@@ -176,7 +176,7 @@ def test_sparse_gradient_is_refused_before_anything_moves() -> None:
     optimizer = GaLoreOptimizer(optim.AdamW(model.parameters(), weight_decay=0.1), model, rank=2)
     model.give_gradients(0)
     first, second = model.parameters()
-    second.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 8), (12, 8))
+    second.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 8), (12, 8), check_invariants=True)
     before = first.detach().clone()
     message = r"layers\.1\.weight has a sparse gradient, which cannot be projected; add it to ignore_modules"
     with pytest.raises(ValueError, match=message):

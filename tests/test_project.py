@@ -72,7 +72,7 @@ def test_core_dependencies_stay_few() -> None:
 def test_make_targets_in_the_texts_exist(name: str) -> None:
     text = (ROOT / name).read_text()
     code = re.findall(r"`(make[^`]*)`|^\s*(?:\$ |- run: |run: )?(make .*)$", text, flags=re.MULTILINE)
-    words = [word for pair in code for word in "".join(pair).split()[1:]]
+    words = [word for pair in code for word in "".join(pair).partition("#")[0].split()[1:]]
     named = {word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)}
     assert named, f"{name} names no make target"
     assert named <= TARGETS, f"{sorted(named - TARGETS)} are not targets of the Makefile"

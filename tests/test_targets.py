@@ -248,7 +248,7 @@ def test_table_is_readable() -> None:
     )
     assert "scalar" in next(line for line in lines if line.startswith("scalar")).split()[1]
     assert lines[-1].startswith("1 of 14 parameters are projected, 96 of ")
-    assert lines[-1].endswith("low-rank state 0.00 MiB.")
+    assert lines[-1].endswith("low-rank state 0.3 KiB.")
 
 
 @pytest.mark.parametrize("storage_name", ["param", "bf16"])
@@ -278,3 +278,25 @@ def test_asking_for_bytes_leaves_the_optimizer_alone() -> None:
     assert not optimizer.state
     assert not hasattr(base, "_opt_called") or not base._opt_called
     assert scheduler.last_epoch == 0
+
+
+def test_a_frozen_backbone_may_come_later() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    model[0].requires_grad_(False)
+    optimizer = GaLoreOptimizer(torch.optim.AdamW(model[1].parameters()), model, rank=2)
+    assert not optimizer.targets
+    reasons = {row.name: row.reason for row in optimizer.targets_table().rows}
+    assert reasons["0.weight"] == "not in this optimizer (frozen; projected once it is added)"
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    model(torch.ones(3, 8)).sum().backward()
+    optimizer.step()
+    assert [target.name for target in optimizer.targets.values()] == ["0.weight"]
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (8, 2)
+
+
+def test_a_parametrized_weight_says_so() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    optimizer = GaLoreOptimizer(torch.optim.AdamW(model.parameters()), model, rank=2)
+    (row,) = (row for row in optimizer.targets_table().rows if row.name.endswith("original1"))
+    assert row.reason == "parametrized: the weight is computed from it"

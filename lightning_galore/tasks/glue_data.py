@@ -2,6 +2,7 @@
 """The GLUE tasks as a LightningDataModule, from the hub or from local files."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
 _HUB_NAME = "nyu-mll/glue"
 
 Files = str | list[str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoder:
+    """Tokenizes rows. An object of its own: it is copied with the data set, and pickled for its workers."""
+
+    tokenizer: Any
+    text: tuple[str, ...]
+    max_length: int
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = self.tokenizer(*(rows[name] for name in self.text), truncation=True, max_length=self.max_length)
+        return {**encoded, "labels": rows["label"]}
 
 
 class GlueDataModule(LightningDataModule):
@@ -83,7 +97,7 @@ class GlueDataModule(LightningDataModule):
         self.validation_size = validation_size
         self.split_seed = split_seed
         self._splits: dict[str, Dataset] = {}
-        self._tokenizer: Any = None
+        self._encode: _Encoder | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -117,13 +131,14 @@ class GlueDataModule(LightningDataModule):
         """Load the rows and the tokenizer; a second call does nothing."""
         if self._splits:
             return
-        self._tokenizer = require("transformers").AutoTokenizer.from_pretrained(tokenizer_source(self.tokenizer_name))
+        tokenizer = require("transformers").AutoTokenizer.from_pretrained(tokenizer_source(self.tokenizer_name))
+        self._encode = _Encoder(tokenizer=tokenizer, text=self.task.text, max_length=self.max_length)
         splits = self._load_local() if self._is_local else self._load_hub()
         for name, rows in splits.items():
             limit = self.limits.get(name.partition("_")[0])
             if limit is not None and limit < len(rows):
                 rows = rows.shuffle(seed=self.split_seed).select(range(limit))
-            self._splits[name] = rows.with_transform(self._encode)
+            self._splits[name] = rows
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -148,8 +163,7 @@ class GlueDataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """The test splits when all of them have labels, else the validation splits: GLUE keeps its test labels."""
         labelled = all(
-            name in self._splits and UNLABELLED not in self._splits[name].with_format(None)["label"]
-            for name in self.task.test
+            name in self._splits and UNLABELLED not in self._splits[name]["label"] for name in self.task.test
         )
         names = self.task.test if labelled else self.task.validation
         return [self._loader(self._splits[name], self.eval_batch_size) for name in names]
@@ -162,23 +176,21 @@ class GlueDataModule(LightningDataModule):
 
     def majority_share(self) -> float:
         """Share of the most frequent label in the first validation split: the accuracy of always answering it."""
-        labels = torch.tensor(self._splits[self.task.validation[0]].with_format(None)["label"])
+        labels = torch.tensor(self._splits[self.task.validation[0]]["label"][:])
         return labels.bincount().max().item() / len(labels)
 
     def _loader(self, rows: "Dataset", batch_size: int, **options: Any) -> DataLoader[Any]:
-        collate = require("transformers").DataCollatorWithPadding(self._tokenizer)
+        assert self._encode is not None, "setup() comes before the loaders"
+        collate = require("transformers").DataCollatorWithPadding(self._encode.tokenizer)
         return DataLoader(
-            rows,
+            # Tokenized when a batch is read: no cache on disk, and the workers share the work.
+            rows.with_transform(self._encode),
             batch_size=batch_size,
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             **options,
         )
-
-    def _encode(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = self._tokenizer(*(rows[name] for name in self.task.text), truncation=True, max_length=self.max_length)
-        return {**encoded, "labels": rows["label"]}
 
     def _load_hub(self) -> "dict[str, Dataset]":
         datasets = require("datasets")

@@ -187,6 +187,7 @@ def test_the_lightning_wrapper_passes_everything_through() -> None:
     model = Grows("grows")
     optimizer = the_optimizer(fit(model))
     assert len(optimizer.param_groups) == 2
+    assert {row.name for row in optimizer.targets_table().taken} == {"body.0.weight", "body.2.weight"}
     assert optimizer.state[model.body[2].weight]["exp_avg"].shape == (RANK, 16)
     assert optimizer.state[model.body[2].weight]["galore_step"] == BATCHES - 2
     assert isinstance(optimizer, type(adamw(model)))

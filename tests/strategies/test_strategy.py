@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -173,7 +173,9 @@ OTHERS: dict[str, Any] = {
     "subspace": "gaussian",
     "schedule": "fixed",
     "lift": "project_back",
+    "mode": "project",
     "basis_storage": "bf16",
+    "clip_weight_norm": 1.0,
     "fix_signs": False,
     "dense_lr_factor": 0.5,
     "seed": 3,
@@ -284,3 +286,16 @@ def test_one_instance_serves_one_trainer_as_in_lightning() -> None:
     make_trainer(strategy)
     with pytest.raises(MisconfigurationException, match="accelerator set through both strategy class"):
         make_trainer(strategy)
+
+
+def test_a_misspelt_keyword_is_refused_in_our_words() -> None:
+    with pytest.raises(TypeError, match=r"GaLoreStrategy got an unknown argument rnak=4; did you mean 'rank'\?"):
+        GaLoreStrategy(rnak=4)
+
+
+def test_a_named_device_is_kept_and_must_be_the_only_one() -> None:
+    strategy = GaLoreStrategy(rank=2, device=torch.device("cpu"))
+    trainer = Trainer(strategy=strategy, accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert trainer.strategy.root_device == torch.device("cpu")
+    with pytest.raises(MisconfigurationException, match="devices=2"):
+        Trainer(strategy=GaLoreStrategy(rank=2, device=torch.device("cpu")), accelerator="cpu", devices=2)

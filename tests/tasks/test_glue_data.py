@@ -25,11 +25,11 @@ def setup(tokenizer: str, **options: Any) -> GlueDataModule:
 
 
 def labels(data: GlueDataModule, split: str = "train") -> list[Any]:
-    return list(data._splits[split].with_format(None)["label"])
+    return list(data._splits[split]["label"])
 
 
 def texts(data: GlueDataModule, split: str = "train") -> list[str]:
-    return list(data._splits[split].with_format(None)[data.task.text[0]])
+    return list(data._splits[split][data.task.text[0]])
 
 
 def tsv(path: Path, *rows: tuple[object, ...], end: str = "\n", encoding: str = "utf-8") -> str:
