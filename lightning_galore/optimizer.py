@@ -7,7 +7,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from lightning_galore.proxies import Swap, calls_of, swapped_in
 from lightning_galore.state_keys import WeightState
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
 from lightning_galore.wrapper import OptimizerWrapper
+
+Chosen: TypeAlias = tuple[dict[Tensor, Target], TargetTable]
 
 
 class GaLoreOptimizer(OptimizerWrapper):
@@ -67,23 +69,15 @@ class GaLoreOptimizer(OptimizerWrapper):
         base_rules.check_base(base)
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
             state_keys.check_loadable(base.state_dict(), base.param_groups, targets)
-        self._attach(base, config, targets, table, model)
+        self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
             if not any(map(state_keys.is_ours, base.state.get(param, ()))):
                 base_rules.shrink_eager_state(base, param, target.projection.low_shape)
 
-    def _attach(
-        self,
-        base: Optimizer,
-        config: GaLoreConfig,
-        targets: dict[Tensor, Target],
-        table: TargetTable,
-        model: nn.Module | None = None,
-    ) -> None:
+    def _attach(self, base: Optimizer, config: GaLoreConfig, chosen: Chosen, model: nn.Module | None = None) -> None:
         super().__init__(base)
         self.config = config
-        self.targets = targets
-        self._table = table
+        self.targets, self._table = chosen
         self._model = weakref.ref(model) if model is not None else None
         self._projector = Projector(config)
         self._lift = LIFTS[config.lift]()
@@ -111,7 +105,7 @@ class GaLoreOptimizer(OptimizerWrapper):
     @override
     def __reduce__(self) -> tuple[Callable[..., GaLoreOptimizer], tuple[Any, ...]]:
         # The class is made on the fly, so pickle and deepcopy go through the one that it was made from.
-        return _rebuild, (type(self).__bases__[0], self.base, self.config, self.targets, self._table)
+        return _rebuild, (type(self).__bases__[0], self.base, self.config, (self.targets, self._table))
 
     @override
     def _groups_changed(self) -> None:
@@ -295,13 +289,7 @@ class GaLoreOptimizer(OptimizerWrapper):
         return TargetTable(tuple(rows))
 
 
-def _rebuild(
-    own: type[GaLoreOptimizer],
-    base: Optimizer,
-    config: GaLoreConfig,
-    targets: dict[Tensor, Target],
-    table: TargetTable,
-) -> GaLoreOptimizer:
+def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:
     optimizer = object.__new__(own)
-    optimizer._attach(base, config, targets, table)
+    optimizer._attach(base, config, chosen)
     return optimizer

@@ -14,7 +14,7 @@ from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.tasks.gan import CENTRES, RADIUS, RingGan, ring
 from tests.helpers import same_bits
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "gan.yml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "gan.yaml"
 QUIET = [
     "--trainer.logger=false",
     "--trainer.enable_checkpointing=false",
@@ -49,7 +49,7 @@ def test_recipe_trains_one_step(mode: str) -> None:
 
 def test_recipe_shows_layerwise_mode() -> None:
     text = RECIPE.read_text()
-    assert "-c recipes/gan.yml" in text
+    assert "-c recipes/gan.yaml" in text
     assert yaml.safe_load(text)["trainer"]["strategy"]["init_args"]["mode"] == "layerwise"
 
 
