@@ -57,7 +57,7 @@ class GradientHooks:
         self.held = False
         self._warned = False
         self._due: dict[Tensor, bool] = {}
-        self._moved: set[Tensor] = set()
+        self._moved: dict[Tensor, None] = {}  # an ordered set, so that sums over it repeat
         self._grad_sq: dict[Tensor, Tensor] = {}
         self._clamped_sq: dict[Tensor, Tensor] = {}
         self._exact: dict[Tensor, bool] = {}
@@ -175,7 +175,7 @@ class GradientHooks:
 
     def _move(self, param: Tensor, low_grad: LowGrad | None, consumer: Consumer) -> None:
         """Update the parameter now; nothing of its gradient stays but the norm."""
-        self._moved.add(param)
+        self._moved[param] = None
         self.waiting.pop(param, None)
         if low_grad is not None and not self._exact[param]:
             self._grad_sq[param] = _sq(low_grad.grad)
@@ -203,7 +203,7 @@ class GradientHooks:
 
     def grad_norm(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Norm of all gradients of this window, 0-D: those still held, those waiting, and those already consumed."""
-        params = {param for group in groups for param in group["params"]}  # proxies and the residual, while exposed
+        params = [param for group in groups for param in group["params"]]  # proxies and the residual, while exposed
         parts = [_sq(param.grad) for param in params if param.grad is not None]
         if self._exposed is None:
             parts += [_sq(low_grad.grad) for low_grad in self.waiting.values()] + self.residual_sq()

@@ -173,7 +173,8 @@ class GaLoreOptimizer(OptimizerWrapper):
 
     def _swap(self, param: Tensor, group: dict[str, Any], low_grad: LowGrad) -> Swap:
         """Make the weight's low-rank gradient what ``base`` shall see: clipped, and with a coupled decay in it."""
-        clip_(low_grad.grad, self.config.clip_weight_norm, norm_sq=self.hooks.norm_sq(param, low_grad))
+        if self.config.clip_weight_norm is not None:  # the norm is one more pass over the gradient
+            clip_(low_grad.grad, self.config.clip_weight_norm, norm_sq=self.hooks.norm_sq(param, low_grad))
         decay = group.get("weight_decay") or 0.0
         if decay and base_rules.decay_kind(self.base, group) != "decoupled":
             # base adds weight_decay times the proxy, which is zero. It would negate the gradient before adding.
