@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from tests.strategies.modules import SETTINGS, Make, Tiny
+from lightning_galore import GaLoreOptimizer
+from tests.strategies.modules import SETTINGS, Make, Tiny, adamw, batches
 
 from .common import BACKWARD_MODES, assert_equal_runs, run
 from .test_equal_weights import Branches, Checkpointed, FrozenAtFirst, Tied, adafactor, both, scheduled, sgd
@@ -77,3 +79,24 @@ def test_tolerance_is_far_below_a_basis_from_the_wrong_gradient() -> None:
     difference = (one.body[0].weight - other.body[0].weight).abs().max()
     assert difference > 100 * FP32
     assert SETTINGS["update_proj_gap"] == 4
+
+
+@pytest.mark.parametrize("mode", BACKWARD_MODES)
+def test_norm_after_several_gradients_is_that_of_what_is_kept(mode: str) -> None:
+    """Not that of the last gradient alone, whose full norm is known too."""
+    model = Tiny()
+    optimizer = GaLoreOptimizer(adamw(model), model, **{**SETTINGS, "update_proj_gap": 1000, "mode": mode})
+    for step, (first, second) in enumerate(zip(batches()[:3], batches()[3:], strict=True)):
+        optimizer.zero_grad()
+        expected = dict.fromkeys(model.parameters(), 0.0)
+        grads = torch.autograd.grad(model.loss(first) + model.loss(second), list(model.parameters()))
+        for param, grad in zip(model.parameters(), grads, strict=True):
+            if step and param in optimizer.targets:
+                basis = optimizer.state[param]["galore_basis"]
+                grad = grad @ basis if grad.shape[0] >= grad.shape[1] else basis.mT @ grad
+            expected[param] = float(grad.square().sum())
+        with optimizer.accumulate():
+            model.loss(first).backward()
+        model.loss(second).backward()
+        assert float(optimizer.grad_norm()) == pytest.approx(sum(expected.values()) ** 0.5, rel=1e-5)
+        optimizer.step()
