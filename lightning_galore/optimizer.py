@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -60,9 +59,7 @@ class GaLoreOptimizer(OptimizerWrapper):
     ) -> None:
         config = config.with_settings(**settings) if config else GaLoreConfig(**settings)
         if isinstance(base, GaLoreOptimizer):
-            raise ValueError(
-                f"base={type(base).__name__} is a GaLoreOptimizer already; use it as it is, or wrap its .base."
-            )
+            raise ValueError(f"base={type(base).__name__} is wrapped already; use it as it is, or wrap its .base.")
         if not isinstance(base, Optimizer):
             raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
         targets, table = select_targets(model, base.param_groups, config)
@@ -253,6 +250,18 @@ class GaLoreOptimizer(OptimizerWrapper):
         """
         return self.hooks.arming(False)
 
+    @contextmanager
+    def exposed(self) -> Iterator[None]:
+        """Show waiting low-rank gradients in ``param_groups``, to a GradScaler and clipping in your own loop.
+
+        In ``mode="project"``: ``with optimizer.exposed(): scaler.unscale_(optimizer)``, before ``scaler.step``.
+        """
+        self.hooks.expose(self.param_groups)
+        try:
+            yield
+        finally:
+            self.hooks.unexpose()
+
     def grad_norm(self) -> Tensor:
         """Norm of the full gradients of all parameters, 0-D; valid between backward and :meth:`step` in every mode.
 
@@ -282,12 +291,7 @@ class GaLoreOptimizer(OptimizerWrapper):
 
         Bytes are those held, and before the first step those that ``base`` and the basis will take.
         """
-        held = memory.held_bytes(self.base, self.targets, self.config)
-        rows = [
-            dataclasses.replace(row, state_bytes=held.get(row.target)) if row.target else row
-            for row in self._table.rows
-        ]
-        return TargetTable(tuple(rows))
+        return self._table.with_bytes(memory.held_bytes(self.base, self.targets, self.config))
 
 
 def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import Any
 
@@ -71,6 +71,11 @@ class TargetTable:
     def taken(self) -> list[TargetRow]:
         """The projected weights."""
         return [row for row in self.rows if row.target]
+
+    def with_bytes(self, held: Mapping[Target, int]) -> TargetTable:
+        """The table with the bytes of each target's state."""
+        rows = (replace(row, state_bytes=held.get(row.target)) if row.target else row for row in self.rows)
+        return TargetTable(tuple(rows))
 
     @override
     def __str__(self) -> str:

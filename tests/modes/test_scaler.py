@@ -30,13 +30,12 @@ def plain_loop(mode: str, *, clip: float | None = None) -> tuple[Tiny, GaLoreOpt
         loss = model.loss(batch) * (float("inf") if i in OVERFLOWS else 1.0)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        optimizer.hooks.expose(optimizer.param_groups)  # nothing to show in mode "step"
-        scaler.unscale_(optimizer)
-        if clip is not None:
-            nn.utils.clip_grad_norm_([param for group in optimizer.param_groups for param in group["params"]], clip)
+        with optimizer.exposed():  # nothing to show in mode "step"
+            scaler.unscale_(optimizer)
+            if clip is not None:
+                nn.utils.clip_grad_norm_([param for group in optimizer.param_groups for param in group["params"]], clip)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.hooks.unexpose()
         scales.append(scaler.get_scale())
     return model, optimizer, scales
 
