@@ -2,16 +2,17 @@
 """A GAN on points of a ring of Gaussians: manual optimization with two optimizers, in any mode and strategy."""
 
 import math
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
+
+from lightning_galore.tasks.manual import ManualModule
 
 CENTRES, RADIUS, SPREAD = 8, 2.0, 0.1
 
@@ -44,7 +45,7 @@ class RingDataModule(LightningDataModule):
         return DataLoader(points, batch_size=self.batch_size, shuffle=True)
 
 
-class RingGan(LightningModule):
+class RingGan(ManualModule):
     """Generator and critic, each with an optimizer of its own; the generator's loss reaches the critic's weights too.
 
     Args:
@@ -60,7 +61,6 @@ class RingGan(LightningModule):
     def __init__(self, hidden: int = 128, latent: int = 16, lr: float = 1e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.automatic_optimization = False
         self.latent, self.lr = latent, lr
         self.generator = _network(latent, hidden, 2)
         self.critic = _network(2, hidden, 1)
@@ -80,18 +80,6 @@ class RingGan(LightningModule):
         generator_loss = F.softplus(-self.critic(self(len(real)))).mean()
         self.minimize(generator_optimizer, generator_loss)
         self.log_dict({"train/critic": critic_loss, "train/generator": generator_loss}, prog_bar=True)
-
-    def minimize(self, optimizer: Any, loss: Tensor) -> None:
-        """One step of one optimizer. Only ``mode="layerwise"`` must be told whom a backward is for.
-
-        Args:
-            optimizer: What ``self.optimizers()`` gave.
-            loss: Made after the last step, as that has moved the weights.
-        """
-        optimizer.zero_grad()
-        with getattr(self.trainer.strategy, "layerwise_updates", nullcontext)(optimizer):
-            self.manual_backward(loss)
-        optimizer.step()
 
     @override
     def on_train_epoch_end(self) -> None:
