@@ -24,7 +24,6 @@ from .modules import (
     assert_same_state,
     assert_same_weights,
     batches,
-    expect_warning,
     fit,
     galore,
     loader,
@@ -224,10 +223,11 @@ class SkipsSome(Tiny):
         return None if batch_idx % 3 == 2 else self.loss(batch)
 
 
+# Lightning says so once a process, so whichever test comes first gets to see it.
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 def test_training_step_may_return_none() -> None:
     model, reference = SkipsSome(), Tiny()
-    with expect_warning(".training_step. returned .None."):
-        trainer = fit(model, max_epochs=2)
+    trainer = fit(model, max_epochs=2)
     # A batch without a loss has no gradient, so no weight moves, nothing decays and no counter advances.
     data = [batch for i, batch in enumerate(batches(2)) if i % 3 != 2]
     assert_same_state(the_optimizer(trainer), plain_loop(reference, data=data))
