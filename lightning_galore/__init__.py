@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank gradient training (the GaLore family) for PyTorch Lightning."""
 
-from lightning_galore.callbacks import GradNormMonitor
+from lightning_galore.callbacks import GradNormMonitor, SubspaceScheduler
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.strategies import GaLoreSingleDeviceStrategy, GaLoreStrategy
@@ -14,5 +14,6 @@ __all__ = [
     "GaLoreSingleDeviceStrategy",
     "GaLoreStrategy",
     "GradNormMonitor",
+    "SubspaceScheduler",
     "__version__",
 ]

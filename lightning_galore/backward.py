@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_galore.low_grad import LowGrad
+from lightning_galore.low_grad import LowGrad, norm_sq
 
 
 class Consumer(Protocol):
@@ -140,10 +140,10 @@ class GradientHooks:
             return
         # After a second gradient in one window the cross term of the two is gone, and with it the norm of their sum.
         self._exact[param] = param not in self._grad_sq
-        self._grad_sq[param] = _sq(param.grad)
+        self._grad_sq[param] = norm_sq(param.grad)
         if moves and self.clip_value is not None:
             param.grad.clamp_(-self.clip_value, self.clip_value)
-            self._clamped_sq[param] = _sq(param.grad)
+            self._clamped_sq[param] = norm_sq(param.grad)
         low_grad = self._project(param, consumer) if target else None
         if moves:
             self._move(param, low_grad, consumer)
@@ -161,7 +161,7 @@ class GradientHooks:
         if low_grad is None:
             low_grad = self.waiting[param] = consumer.prepare(param, due=self._due[param])
         else:
-            if low_grad.refresh is not None and not self._warned:
+            if low_grad.refresh is not None and low_grad.refresh.due and not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"{low_grad.target.name} got another gradient after its basis was found from the first one of this "
@@ -178,7 +178,7 @@ class GradientHooks:
         self._moved[param] = None
         self.waiting.pop(param, None)
         if low_grad is not None and not self._exact[param]:
-            self._grad_sq[param] = _sq(low_grad.grad)
+            self._grad_sq[param] = norm_sq(low_grad.grad)
         consumer.move(param, low_grad)
         param.grad = None
 
@@ -190,7 +190,7 @@ class GradientHooks:
         Exact for one backward a window. A weight that got several gradients counts with its low-rank norm only.
         """
         return [
-            (self._grad_sq[param] - _sq(low_grad.grad)).clamp(min=0)
+            (self._grad_sq[param] - norm_sq(low_grad.grad)).clamp(min=0)
             for param, low_grad in self.waiting.items()
             if self._exact.get(param)
         ]
@@ -199,14 +199,14 @@ class GradientHooks:
         """Squared norm of a weight's gradient (clamped, if it was): the full one where known, else the low-rank one."""
         if self._exact.get(param):
             return self._clamped_sq.get(param, self._grad_sq[param])
-        return _sq(low_grad.grad if param.grad is None else param.grad)
+        return norm_sq(low_grad.grad if param.grad is None else param.grad)
 
     def grad_norm(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Norm of all gradients of this window, 0-D: those still held, those waiting, and those already consumed."""
         params = [param for group in groups for param in group["params"]]  # proxies and the residual, while exposed
-        parts = [_sq(param.grad) for param in params if param.grad is not None]
+        parts = [norm_sq(param.grad) for param in params if param.grad is not None]
         if self._exposed is None:
-            parts += [_sq(low_grad.grad) for low_grad in self.waiting.values()] + self.residual_sq()
+            parts += [norm_sq(low_grad.grad) for low_grad in self.waiting.values()] + self.residual_sq()
         parts += [self._grad_sq[param] for param in self._moved]
         return torch.stack(parts).sum().sqrt() if parts else torch.zeros(())  # one device, as the optimizer's state
 
@@ -244,9 +244,3 @@ class GradientHooks:
             group["params"] = params
         self._exposed = None
 
-
-def _sq(grad: Tensor) -> Tensor:
-    """Squared norm in fp32, 0-D, without a temporary of the gradient's size."""
-    if grad.is_sparse:
-        grad = grad.coalesce().values()
-    return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32)).square()

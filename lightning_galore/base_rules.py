@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_galore import storage
 
 Decay = Literal["decoupled", "coupled", "none"]
+StateKind = Literal["first", "second", "centered", "magnitude", "maximum", "step_size", "rows", "columns", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,28 @@ class BaseRule:
 
     decay: Decay
     reads_rms: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateRule:
+    """What one entry of an optimizer's state is, hence what becomes of it when the coordinates change.
+
+    Args:
+        kind: ``first`` is linear in the gradient and follows its coordinates; ``second`` averages its square;
+            ``centered`` is a second moment from which the optimizer subtracts the square of its mean;
+            ``magnitude`` stands where the root of a second moment would; ``maximum`` is the largest ``second`` so far;
+            ``step_size`` is a learning rate of its own for each coordinate; ``rows`` and ``columns`` are the two
+            averages of a factored second moment; ``other`` knows of no coordinates.
+        beside: Key that it goes with: of the mean (second, centered, magnitude), of what it is the maximum of, of the
+            columns.
+        decay: Setting by which the average forgets, if it is one of gradients or of their squares.
+        sums: It adds gradients up, each with its full weight, instead of averaging them.
+    """
+
+    kind: StateKind
+    beside: str = ""
+    decay: str = ""
+    sums: bool = False
 
 
 COUPLED, DECOUPLED = BaseRule(decay="coupled"), BaseRule(decay="decoupled")
@@ -52,6 +75,47 @@ RULES: dict[str, BaseRule] = {
 }
 # bitsandbytes' kernels decay Adam's weights as AdamW does.
 BITSANDBYTES_DECOUPLED = {"Adam", "AdamW", "Lion", "AdEMAMix"}
+
+_FIRST, _OTHER = StateRule(kind="first"), StateRule(kind="other")
+# By key, as torch names them and others after it.
+STATE_RULES: dict[str, StateRule] = {
+    "exp_avg": StateRule(kind="first", decay="beta1"),
+    "exp_avg_slow": _FIRST,
+    "exp_avg_sq": StateRule(kind="second", beside="exp_avg", decay="beta2"),
+    "max_exp_avg_sq": StateRule(kind="maximum", beside="exp_avg_sq"),
+    "exp_inf": StateRule(kind="magnitude", beside="exp_avg"),
+    "momentum_buffer": _FIRST,
+    "grad_avg": StateRule(kind="first", decay="alpha"),
+    "square_avg": StateRule(kind="centered", beside="grad_avg", decay="alpha"),
+    "acc_delta": StateRule(kind="second"),
+    "sum": StateRule(kind="second"),
+    "prev": _FIRST,
+    "step_size": StateRule(kind="step_size"),
+    "row_var": StateRule(kind="rows", beside="col_var"),
+    "col_var": StateRule(kind="columns"),
+    "exp_avg_sq_row": StateRule(kind="rows", beside="exp_avg_sq_col"),
+    "exp_avg_sq_col": StateRule(kind="columns"),
+    **dict.fromkeys(["step", "mu_product", "qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec", "RMS"], _OTHER),
+}
+_NUMBERED = {  # bitsandbytes numbers its buffers; AdEMAMix's first holds the fast and the slow average
+    "state1": StateRule(kind="first", decay="beta1"),
+    "state2": StateRule(kind="second", beside="state1", decay="beta2"),
+}
+# Where a family means something of its own by a key.
+FAMILY_STATE_RULES: dict[str, dict[str, StateRule]] = {
+    "Adafactor": {"exp_avg": _FIRST},  # of updates
+    "Adagrad": {"state1": StateRule(kind="second")},
+    "Adam": _NUMBERED,
+    "AdamW": _NUMBERED,
+    "AdEMAMix": _NUMBERED,
+    "Lion": dict.fromkeys(["exp_avg", "state1"], StateRule(kind="first", decay="beta2")),
+    "Muon": {"momentum_buffer": StateRule(kind="first", decay="momentum")},
+    "RMSprop": {"state1": StateRule(kind="second")},  # its momentum_buffer averages updates
+    "SGD": {
+        "momentum_buffer": StateRule(kind="first", decay="momentum", sums=True),
+        "state1": StateRule(kind="first", decay="beta1", sums=True),
+    },
+}
 
 _READS_VALUE = "it reads the weight's value, which a low-rank update does not have"
 _READS_NORM = "it scales its step by the weight's norm, which a low-rank update does not have"
@@ -121,6 +185,12 @@ def check_base(base: Optimizer) -> None:
 def rule(base: Optimizer) -> BaseRule | None:
     """What is known of ``base``'s family, or None."""
     return next((RULES[name] for name in _names(base) if name in RULES), None)
+
+
+def state_rule(base: Optimizer, key: str) -> StateRule | None:
+    """What is known of an entry of ``base``'s state, or None."""
+    families = (FAMILY_STATE_RULES[name] for name in _names(base) if name in FAMILY_STATE_RULES)
+    return next((family[key] for family in families if key in family), STATE_RULES.get(key))
 
 
 def reads_rms(base: Optimizer) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``lightning-galore fit | validate | test | predict | targets | convert``."""
+"""The command line: ``lightning-galore fit | validate | test | predict | targets | convert | report``."""
 
 import argparse
 import os
@@ -102,9 +102,20 @@ def _convert(args: list[str]) -> None:
     sys.stdout.write(f"{convert_checkpoint(**options.as_dict())}\n")
 
 
+def _report(args: list[str]) -> None:
+    """Draw a run from its logs."""
+    from lightning_galore.report import write_report
+
+    parser = ArgumentParser(prog=f"{PROG} report")
+    parser.add_function_arguments(write_report, as_positional=True)
+    options = parser.parse_args(args)
+    sys.stdout.write(f"{write_report(**options.as_dict())}\n")
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "targets": (_targets, "list which weights a configuration would project, and why not the others"),
     "convert": (_convert, "turn a checkpoint of galore-torch into one for this package"),
+    "report": (_report, "draw a run from its logs: loss, subspaces, refreshes, memory, as one HTML page"),
 }
 
 

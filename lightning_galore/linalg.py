@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pure linear algebra on matrices: every decomposition, its precision, and what happens when it fails.
 
-Shapes: ``m, n`` rows and columns of a matrix, ``d`` the projected dimension, ``r`` the rank, ``q = r + oversampling``.
+Shapes: ``m, n`` rows and columns of a matrix, ``d`` the projected dimension and ``l`` the other one, ``r`` the
+rank, ``q = r + oversampling``.
 Nothing here knows what a parameter or a training step is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,52 +20,126 @@ def decomposition_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def svd_pair(
+class SVDFactors(NamedTuple):
+    """The leading singular vectors and values of a matrix ``(m, n)``."""
+
+    left: Tensor  # (m, r)
+    values: Tensor  # (min(m, n),): all of them, in descending order
+    right: Tensor  # (n, r)
+
+
+def svd_factors(
     matrix: Tensor,  # (m, n)
     rank: int,
-) -> tuple[Tensor, Tensor] | None:
-    """First ``rank`` left and right singular vectors ``(m, r)``, ``(n, r)``; None when the decomposition fails.
+) -> SVDFactors | None:
+    """First ``rank`` singular vectors and all singular values; None when the decomposition fails.
 
     LAPACK's and cuSOLVER's divide and conquer can fail to converge on badly conditioned input; fp64 is tried once then.
     """
-    for dtype in (decomposition_dtype(matrix.dtype), torch.float64):
+    work_dtype = decomposition_dtype(matrix.dtype)
+    for dtype in (work_dtype, torch.float64):
         try:
-            u, _, vh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
+            u, values, vh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
         except torch.linalg.LinAlgError:
             continue
         if bool(torch.isfinite(u).all()) and bool(torch.isfinite(vh).all()):
-            return u[:, :rank], vh[:rank].mT
+            return SVDFactors(*(part.to(work_dtype) for part in (u[:, :rank], values, vh[:rank].mT)))
     return None
 
 
-def randomized_pair(
-    matrix: Tensor,  # (m, n)
+def gram_factors(
+    matrix: Tensor,  # (d, l), d <= l
     rank: int,
-    *,
-    oversampling: int,
-    power_iterations: int,
-    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor] | None:
-    """Approximate first ``rank`` left and right singular vectors ``(m, r)``, ``(n, r)``; None when it fails.
+    """First ``rank`` left singular vectors ``(d, r)`` and all singular values ``(d,)``, from ``eigh(A A^T)``.
 
-    Randomized range finder with power iterations and a small SVD that truncates ``q`` to ``r`` columns (Halko,
-    Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). Every block is orthonormalised by Householder QR:
-    CholeskyQR2 was measured to be no faster on a CPU, and it breaks down on the ill-conditioned or rank-deficient
-    gradients of real training.
+    The Gram matrix squares the condition number, so it is formed and decomposed in fp64 always: in fp32 every direction
+    below ``3e-4`` of the largest singular value is lost, in fp64 those below ``1e-8``, which an fp32 gradient does not
+    know itself. None when the decomposition fails, or the squares of an fp64 matrix leave its range.
     """
-    work = matrix.to(decomposition_dtype(matrix.dtype))
-    width = min(rank + oversampling, *work.shape)
-    test = torch.randn(work.shape[1], width, dtype=work.dtype, device=work.device, generator=generator)
-    left = orthonormalize(work @ test)
-    for _ in range(power_iterations):
-        left = orthonormalize(work @ orthonormalize(work.mT @ left))
-    # Truncate through the triangular factor, not through the Gram matrix, which would square the condition number.
-    right, triangle = torch.linalg.qr(work.mT @ left)
-    small = svd_pair(triangle, rank)
-    if small is None:
+    work = matrix.to(torch.float64)
+    try:
+        values, vectors = torch.linalg.eigh(work @ work.mT)
+    except torch.linalg.LinAlgError:
         return None
-    right_vectors, left_vectors = small
-    return left @ left_vectors, right @ right_vectors
+    if not 0 < float(values[-1]) < float("inf"):
+        return None
+    dtype = decomposition_dtype(matrix.dtype)
+    return vectors.flip(1)[:, :rank].to(dtype), values.flip(0).clamp(min=0).sqrt().to(dtype)
+
+
+def subspace_iteration(
+    matrix: Tensor,  # (d, l)
+    start: Tensor,  # (d, q) if passes is even, (l, q) if it is odd
+    *,
+    rank: int,
+    passes: int,
+) -> SVDFactors | None:
+    """Leading singular vectors of ``matrix`` from ``passes >= 2`` products of it with a block; None when it fails.
+
+    Block power iteration with a Rayleigh-Ritz truncation from ``q`` to ``r`` columns (Halko, Martinsson, Tropp, arXiv
+    0909.4061, algorithms 4.4 and 5.1). The products alternate between the matrix and its transpose and *end* on the
+    side of the left vectors: so the triangular factor of the last QR is all that the truncation needs, and no product
+    is spent on it. The left vectors are one pass ahead of the right ones. ``values`` are the ``q`` Ritz values, none
+    above the singular value that it stands for.
+
+    Every block is orthonormalised by Householder QR. CholeskyQR2 was measured to be no faster on a CPU, and breaks down
+    on the ill-conditioned or rank-deficient gradients of real training; without the QR of the long side, vectors 65 to
+    128 of real gradients agreed with the exact ones to 0.65 instead of 0.80 in squared cosine.
+    """
+    block = start
+    for remaining in range(passes - 1, 0, -1):
+        block = orthonormalize(product(matrix.mT if remaining % 2 else matrix, block))
+    basis, triangle = torch.linalg.qr(product(matrix, block))
+    small = svd_factors(triangle, rank)
+    return None if small is None else SVDFactors(basis @ small.left, small.values, block @ small.right)
+
+
+def power_iteration(
+    apply: Callable[[Tensor], Tensor],  # (l, r) -> (d, r)
+    apply_transposed: Callable[[Tensor], Tensor],  # (d, r) -> (l, r)
+    start: Tensor,  # (d, r)
+    *,
+    careful: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """One block power iteration ``qr(A A^T start)`` of a matrix ``A (d, l)`` that is given by its products.
+
+    The vectors keep the order of the columns of ``start``: nothing is rotated within the span.
+
+    Args:
+        apply: Multiplies by ``A``.
+        apply_transposed: Multiplies by ``A^T``.
+        start: The block to start from.
+        careful: Orthonormalise between the two products. That changes nothing but rounding errors: without it, fp32
+            loses directions below about ``3e-4`` of the largest singular value.
+
+    Returns:
+        Orthonormal basis ``(d, r)``, and estimates of the singular values in descending order ``(r,)``: from the
+        diagonal of the last triangular factor, exact where ``start`` holds singular vectors. None when ``A^T start`` is
+        zero or not finite.
+    """
+    block = apply_transposed(start)
+    magnitude = block.abs().amax()
+    if not 0 < float(magnitude) < float("inf"):
+        return None
+    # A product of two gradients would overflow or vanish in fp32: bring the block to unit size in either way.
+    block = orthonormalize(block) if careful else block / magnitude
+    basis, triangle = torch.linalg.qr(apply(block))
+    estimates = triangle.diagonal().abs()
+    if not careful:
+        estimates = estimates.sqrt() * magnitude.sqrt()
+    return basis, estimates.sort(descending=True).values
+
+
+def product(
+    matrix: Tensor,  # (d, l)
+    block: Tensor,  # (l, q), q small
+) -> Tensor:
+    """``matrix @ block``, computed as ``(block^T matrix^T)^T``: up to 8 times as fast on a CPU for a narrow block.
+
+    At 3072x768 and q = 8 one fp32 thread took 0.9 ms instead of 3.0, and for the transpose 1.1 instead of 4.6.
+    """
+    return (block.mT @ matrix.mT).mT
 
 
 def orthonormalize(
@@ -88,6 +166,18 @@ def fix_signs(
     """Flip vectors so that the entry of largest magnitude is positive (the signs of singular vectors are arbitrary)."""
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     return torch.where(largest < 0, -basis, basis)
+
+
+def align_signs(
+    basis: Tensor,  # (d, r)
+    old: Tensor,  # (d, s)
+) -> Tensor:
+    """Flip vectors so that none points away from its namesake in ``old``; those without one stay as they are."""
+    common = min(basis.shape[1], old.shape[1])
+    cosines = (basis[:, :common] * old[:, :common].to(basis.dtype)).sum(0)
+    signs = torch.ones(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    signs[:common].masked_fill_(cosines < 0, -1.0)
+    return basis * signs
 
 
 def overlap(

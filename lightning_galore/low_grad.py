@@ -3,34 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_galore import linalg, storage
+from lightning_galore import memory, schedule
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.schedule import SCHEDULES
+from lightning_galore.moments import MOMENTS
+from lightning_galore.rank import StateBudget
+from lightning_galore.refresh import Refresh, Refresher, RefreshEvent
+from lightning_galore.schedule import SCHEDULES, Observation, RefreshRecord
 from lightning_galore.state_keys import WeightState
-from lightning_galore.subspace import SUBSPACES, seeded_generator
+from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refresh:
-    """What a refresh that was due came to.
-
-    Args:
-        bases: The new bases, or None when the old ones stay.
-        found: Whether ``bases`` come from the gradient; False also for the unit vectors that stand in at the start.
-        overlap: Of the old and the new bases, -1.0 when there is nothing to compare.
-    """
-
-    bases: tuple[Tensor, ...] | None
-    found: bool
-    overlap: float = -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,95 +28,187 @@ class LowGrad:
     """A weight's projected gradient, waiting for a step. Dropping it drops its refresh: a skipped step loses nothing.
 
     Args:
-        target: The weight's name and geometry.
+        target: The weight's name and geometry, whose rank is the upper bound of an adaptive one.
+        projection: Its geometry with the rank of ``bases``.
         proxy: Zeros of the low-rank shape; ``proxy.grad`` is the low-rank gradient.
         bases: What the gradient was projected with.
         refresh: What happened if a refresh was due.
+        energy: Share of the gradient's energy that ``bases`` hold, 0-D, where somebody wants to know.
     """
 
     target: Target
+    projection: Projection
     proxy: nn.Parameter
     bases: tuple[Tensor, ...]
     refresh: Refresh | None
+    energy: Tensor | None = None
 
     @property
     def grad(self) -> Tensor:
-        """The low-rank gradient, of ``target.projection.low_shape``."""
+        """The low-rank gradient, of ``projection.low_shape``."""
         assert self.proxy.grad is not None
         return self.proxy.grad
 
+    @property
+    def skips(self) -> bool:
+        """Whether the weight sits this step out: its gradient is not finite, and a basis was to come from it."""
+        return self.refresh is not None and not self.refresh.finite
+
     def add_(self, grad: Tensor) -> None:
         """Accumulate one more full gradient ``(m, n)``: exact, because projecting is linear and the bases stay."""
-        self.grad.add_(self.target.projection.project(grad, self.bases))
+        self.grad.add_(self.projection.project(grad, self.bases))
 
 
 class Projector:
     """Prepares low-rank gradients and commits what their step decided.
 
     Args:
-        config: Names the subspace, the schedule and the storage.
+        base: The wrapped optimizer, which holds the state.
+        config: Names the choice on each axis.
+        targets: The projected weights; :meth:`arrange` looks at them again.
     """
 
-    def __init__(self, config: GaLoreConfig) -> None:
+    def __init__(self, base: Optimizer, config: GaLoreConfig, targets: Mapping[Tensor, Target]) -> None:
         self.config = config
-        self.subspace = SUBSPACES[config.subspace]()
-        self.schedule = SCHEDULES[config.schedule]()
+        self.schedule = SCHEDULES[config.schedule](config)
+        self.refresher = Refresher(base, config, self._ranks)
+        #: Whether to measure the captured energy at every step.
+        self.watching = False
+        self._moments = MOMENTS[config.moments]()
+        self._base, self._targets = base, targets
+        #: The energy at the last step that measured it; not part of the state.
+        self.energies: dict[Target, Tensor] = {}
+        #: Told of every refresh.
+        self.listener: Callable[[RefreshEvent], None] | None = None
+        self._places: dict[Target, tuple[int, int]] = {}
 
-    def due(self, state: WeightState, group: Mapping[str, Any]) -> bool:
-        """Whether the weight's next step refreshes its basis.
+    def reschedule(self, config: GaLoreConfig) -> None:
+        """Decide by another schedule from now on; what the weights' records hold stays."""
+        self.config = config
+        self.schedule = SCHEDULES[config.schedule](config)
+        self._places.clear()
+
+    def arrange(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Stagger the refreshes of weights that have no place yet, and divide the budget among all.
 
         Args:
-            state: The weight's state.
+            groups: The param groups, for the gap of each weight.
+        """
+        new = {
+            self._targets[param]: self._gap(group)
+            for group in groups
+            for param in group["params"]
+            if param in self._targets and self._targets[param] not in self._places
+        }
+        if self.config.stagger and new:
+            works = [math.prod(target.projection.shape) * float(target.projection.rank) for target in new]
+            cost = self.refresher.subspace.relative_cost
+            places = schedule.staggered(works, list(new.values()), cost=cost, share=self.config.refresh_share)
+            self._places.update(zip(new, places, strict=True))
+        if self.config.state_budget is not None and new:
+            per_rank = memory.bytes_per_rank(self._base, self._targets, self.config)
+            bounds = {
+                target: (min(self.config.min_rank, target.projection.rank), target.projection.rank)
+                for target in per_rank
+            }
+            self.refresher.budget = StateBudget(self.config.state_budget, per_rank, bounds)
+
+    def state_of(self, param: Tensor) -> WeightState:
+        """The state of a projected weight."""
+        return WeightState(self._base.state[param], self._targets[param].projection)
+
+    def record_of(self, param: Tensor, group: Mapping[str, Any]) -> RefreshRecord:
+        """What the schedule knows of a projected weight.
+
+        Args:
+            param: The weight.
             group: Its param group, whose ``update_proj_gap`` wins over the configuration's.
         """
-        return self.schedule.due(state.step, state.record(group.get("update_proj_gap") or self.config.update_proj_gap))
+        start, phase = self._places.get(self._targets[param], (0, 0))
+        return self.state_of(param).record(self._gap(group), start=start, phase=phase)
 
-    def prepare(
-        self,
-        grad: Tensor,  # (m, n)
-        target: Target,
-        state: WeightState,
-        *,
-        due: bool,
-    ) -> LowGrad:
-        """Project ``grad``, with a new basis if one is due. Changes nothing but what it returns."""
+    def due(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the weight's next step refreshes its basis."""
+        return self.schedule.due(self.state_of(param).step, self.record_of(param, group))
+
+    def prepare(self, param: Tensor, group: Mapping[str, Any], *, due: bool) -> LowGrad:
+        """Project ``param.grad`` ``(m, n)``, with a new basis if one is due. Changes nothing but what it returns."""
+        grad, target, state = param.grad, self._targets[param], self.state_of(param)
+        assert grad is not None
         if grad.is_sparse:
             raise ValueError(
                 f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
             )
-        refresh = self._refresh(grad, target, state) if due else None
+        refresh = None
+        if due:
+            refresh = self.refresher.refresh(grad, target, state, group)
+        elif not state.has_bases:
+            refresh = self.refresher.stand_in(grad, target, state)
         bases = refresh.bases if refresh and refresh.bases else state.bases
-        low_grad = target.projection.project(grad, bases)
+        projection = target.projection.with_rank(bases[0].shape[1])
+        low_grad = projection.project(grad, bases)
         proxy = nn.Parameter(torch.zeros_like(low_grad))
         proxy.grad = low_grad
-        return LowGrad(target=target, proxy=proxy, bases=bases, refresh=refresh)
+        wanted = self.watching or (refresh and refresh.found)
+        if wanted or self.schedule.measures(state.step, self.record_of(param, group)):
+            energy = norm_sq(low_grad) / norm_sq(grad)
+        else:
+            energy = None
+        return LowGrad(target=target, projection=projection, proxy=proxy, bases=bases, refresh=refresh, energy=energy)
 
-    def commit(self, low_grad: LowGrad, state: WeightState) -> None:
-        """Write the outcome of the refresh into the state: the step is taken now."""
-        if low_grad.refresh is not None:
-            state.record_refresh(low_grad.refresh.bases, found=low_grad.refresh.found, overlap=low_grad.refresh.overlap)
+    def carried(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The wrapped optimizer's own state of a weight in its new coordinates; None where they have not changed."""
+        change = low_grad.refresh.change if low_grad.refresh else None
+        own = self.state_of(param).own
+        return self._moments.carry(self._base, own, group, change) if change is not None and own else None
 
-    def _refresh(self, grad: Tensor, target: Target, state: WeightState) -> Refresh:
-        """Find new bases; where the gradient gives none, keep the old ones, or begin with unit vectors."""
-        seed, refresh = self.config.seed, state.num_refreshes
-        generator = seeded_generator(grad.device, seed=seed, name=target.name, refresh=refresh)
-        found = self.subspace.find(grad, target.projection, generator=generator, fix_signs=self.config.fix_signs)
-        if found is None:
-            if state.has_bases:
-                return Refresh(bases=None, found=False)
-            unit = [linalg.identity_basis(d, r, like=grad) for d, r in target.projection.basis_shapes]
-            return Refresh(bases=self._store(unit, grad), found=False)
-        bases = self._store(found, grad)
-        overlap = -1.0
-        if state.refreshed_at >= 0 and self.subspace.orthonormal:
-            pairs = zip(state.bases, bases, strict=True)
-            # A basis that is stored in half precision is not quite orthonormal, so this could pass 1.
-            overlap = min(1.0, float(sum(linalg.overlap(old, new) for old, new in pairs)) / len(bases))
-        return Refresh(bases=bases, found=True, overlap=overlap)
+    def commit(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> None:
+        """Write into the state what the weight's step has shown: it is taken now."""
+        state, refresh = self.state_of(param), low_grad.refresh
+        before = self.record_of(param, group)
+        found = refresh is not None and refresh.found
+        energy = -1.0
+        if low_grad.energy is not None and (found or self.schedule.measures(state.step, before)):
+            energy = float(low_grad.energy)
+        seen = Observation(refreshed=found, energy=energy if math.isfinite(energy) else -1.0)
+        if refresh is not None:
+            seen = replace(seen, overlap=refresh.overlap, cosine=refresh.cosine)
+            state.keep_bases(refresh.bases, found=found, failed=refresh.due and not found, energy=seen.energy)
+            self.refresher.committed(low_grad.target)
+        if low_grad.energy is not None:
+            self.energies[low_grad.target] = low_grad.energy
+        after = self.schedule.note(state.step, before, seen)
+        if refresh is not None or after != before:
+            state.keep_record(after)
+        if refresh is not None and refresh.due and self.listener is not None:
+            self.listener(_event(low_grad, refresh, state.step, after.gap_now, seen))
+        if not low_grad.skips:
+            state.count_step()
 
-    def _store(self, bases: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-        kept = self.config.basis_storage
-        return tuple(storage.write(basis, storage=kept, param_dtype=grad.dtype) for basis in bases)
+    def _gap(self, group: Mapping[str, Any]) -> int:
+        return group.get("update_proj_gap") or self.config.gap
+
+    def _ranks(self) -> dict[Target, int]:
+        states = {
+            target: WeightState(self._base.state.get(param) or {}, target.projection)
+            for param, target in self._targets.items()
+        }
+        return {target: state.projection.rank for target, state in states.items() if state.has_bases}
+
+
+def _event(low_grad: LowGrad, refresh: Refresh, step: int, gap: int, seen: Observation) -> RefreshEvent:
+    return RefreshEvent(
+        step=step,
+        name=low_grad.target.name,
+        shape=low_grad.projection.shape,
+        side=low_grad.projection.side,
+        rank=low_grad.projection.rank,
+        gap=gap,
+        overlap=seen.overlap if seen.overlap >= 0 else None,
+        energy=seen.energy if seen.energy >= 0 else None,
+        found=refresh.found,
+        spectrum=refresh.spectrum,
+    )
 
 
 def clip_(grad: Tensor | None, max_norm: float | None, *, norm_sq: Tensor | None = None) -> None:
@@ -141,3 +223,10 @@ def clip_(grad: Tensor | None, max_norm: float | None, *, norm_sq: Tensor | None
         return
     norm = torch.linalg.vector_norm(grad) if norm_sq is None else norm_sq.sqrt()
     grad.mul_((max_norm / norm.clamp(min=max_norm)).to(grad.dtype))
+
+
+def norm_sq(grad: Tensor) -> Tensor:
+    """Squared norm in fp32 at least, 0-D, without a temporary of the gradient's size."""
+    if grad.is_sparse:
+        grad = grad.coalesce().values()
+    return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32)).square()

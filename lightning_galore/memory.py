@@ -29,11 +29,26 @@ def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLore
     held: dict[Target, int] = {}
     for param, target in targets.items():
         low_shape = target.projection.low_shape
-        own = {key: value for key, value in (base.state.get(param) or {}).items() if not state_keys.is_ours(key)}
+        state = state_keys.WeightState(base.state.get(param) or {}, target.projection)
         key = (groups[param], low_shape, param.dtype, param.device)
-        if not own and key not in probed:
+        if not state.own and key not in probed:
             probed[key] = base_rules.probe_state(base, base.param_groups[groups[param]], low_shape, param)
         itemsize = storage.storage_dtype(config.basis_storage, param.dtype).itemsize
-        basis = sum(d * r for d, r in target.projection.basis_shapes) * itemsize
-        held[target] = (storage.nbytes(own) if own else probed[key]) + basis
+        basis = sum(d * r for d, r in state.projection.basis_shapes) * itemsize
+        held[target] = (storage.nbytes(state.own) if state.own else probed[key]) + basis
     return held
+
+
+def bytes_per_rank(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Target, float]:
+    """Bytes of each projected weight's state for one unit of rank, moments and basis.
+
+    Args:
+        base: The wrapped optimizer.
+        targets: Its projected weights.
+        config: Says how a basis is kept.
+    """
+    states = {
+        target: state_keys.WeightState(base.state.get(param) or {}, target.projection).projection.rank
+        for param, target in targets.items()
+    }
+    return {target: held / states[target] for target, held in held_bytes(base, targets, config).items()}

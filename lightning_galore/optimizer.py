@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from typing_extensions import override
 
 from lightning_galore import base_rules, memory, state_keys
 from lightning_galore.backward import GradientHooks
-from lightning_galore.config import GaLoreConfig
+from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.lift import LIFTS
 from lightning_galore.low_grad import LowGrad, Projector, clip_
 from lightning_galore.proxies import Swap, calls_of, swapped_in
-from lightning_galore.state_keys import WeightState
+from lightning_galore.refresh import RefreshEvent
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
+from lightning_galore.watch import SubspaceStatus, statuses
 from lightning_galore.wrapper import OptimizerWrapper
 
 Chosen: TypeAlias = tuple[dict[Tensor, Target], TargetTable]
@@ -65,7 +66,7 @@ class GaLoreOptimizer(OptimizerWrapper):
         targets, table = select_targets(model, base.param_groups, config)
         base_rules.check_base(base)
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
-            state_keys.check_loadable(base.state_dict(), base.param_groups, targets)
+            state_keys.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
             if not any(map(state_keys.is_ours, base.state.get(param, ()))):
@@ -76,11 +77,12 @@ class GaLoreOptimizer(OptimizerWrapper):
         self.config = config
         self.targets, self._table = chosen
         self._model = weakref.ref(model) if model is not None else None
-        self._projector = Projector(config)
+        self._projector = Projector(base, config, self.targets)
         self._lift = LIFTS[config.lift]()
         self._group_index: dict[Tensor, int] = {}
         self.hooks = GradientHooks(self, layerwise=config.mode == "layerwise")
         self._know_params()
+        self._projector.arrange(self.param_groups)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,6 +121,7 @@ class GaLoreOptimizer(OptimizerWrapper):
             if param not in self.targets:
                 base_rules.shrink_eager_state(self.base, param, target.projection.low_shape)
                 self.targets[param] = target
+        self._projector.arrange(self.param_groups)
         # Called through a LightningOptimizer, self is that one, which keeps attributes of its own.
         vars(getattr(self, "_optimizer", self))["_table"] = table
 
@@ -176,40 +179,39 @@ class GaLoreOptimizer(OptimizerWrapper):
         if decay and base_rules.decay_kind(self.base, group) != "decoupled":
             # base adds weight_decay times the proxy, which is zero. It would negate the gradient before adding.
             sign = -1.0 if group.get("maximize") else 1.0
-            low_grad.grad.add_(low_grad.target.projection.project(param, low_grad.bases), alpha=sign * decay)
-        return Swap(param, low_grad, group)
+            low_grad.grad.add_(low_grad.projection.project(param, low_grad.bases), alpha=sign * decay)
+        return Swap(param, low_grad, group, self._projector.carried(param, low_grad, group))
 
     def _update(self, swaps: list[Swap], dense: Collection[Tensor], **kwargs: Any) -> Any:
         """Step ``base`` on the proxies of ``swaps`` and on the ``dense`` parameters, and lift onto the weights."""
         for param in dense:
             clip_(param.grad, self.config.clip_weight_norm)
         output = None
-        for shown in calls_of(self.base, swaps, dense):
+        for shown in calls_of(self.base, [swap for swap in swaps if not swap.low_grad.skips], dense):
             with swapped_in(self.base, shown, dense_lr_factor=self.config.dense_lr_factor):
                 output = self.base.step(closure=None, **kwargs)
+            for swap in shown.swaps:
+                # Only now: where base raises, the weight, its basis and its moments stay as they were.
+                self._projector.commit(swap.param, swap.low_grad, swap.group)
+                self._lift_onto_weight(swap)
         for swap in swaps:
-            self._lift_onto_weight(swap)
+            if swap.low_grad.skips:
+                self._projector.commit(swap.param, swap.low_grad, swap.group)
         return output
 
     def _lift_onto_weight(self, swap: Swap) -> None:
-        """Move the weight, and only now commit its refresh: where ``base`` raises, nothing has changed."""
+        """Decay the weight and add what ``base`` has made of its low-rank gradient."""
         low_grad, group = swap.low_grad, swap.group
-        projection = low_grad.target.projection
-        state = self._weight_state(swap.param)
-        self._projector.commit(low_grad, state)
         decay = group.get("weight_decay") or 0.0
         if decay and base_rules.decay_kind(self.base, group) == "decoupled":
             # A zero proxy cannot decay, so base's own decay of it does nothing. Not before base's step: Adafactor's is
             # relative to the weight before its decay.
             swap.param.mul_(1 - group["lr"] * decay)
         scale = group.get("scale") or self.config.scale
+        projection = low_grad.projection
         factor = base_rules.lift_factor(group, projection.shape, projection.low_shape)
         update = low_grad.proxy.detach()
         self._lift.apply_(swap.param, update, projection, low_grad.bases, scale=scale * factor)
-        state.count_step()
-
-    def _weight_state(self, param: Tensor) -> WeightState:
-        return WeightState(self.state[param], self.targets[param].projection)
 
     # -- gradients that are consumed in backward -----------------------------------------------------------------------
 
@@ -219,12 +221,11 @@ class GaLoreOptimizer(OptimizerWrapper):
 
     def is_due(self, param: Tensor) -> bool:
         """Whether the next step of a projected weight refreshes its basis."""
-        return self._projector.due(self._weight_state(param), self._group_of(param))
+        return self._projector.due(param, self._group_of(param))
 
     def prepare(self, param: Tensor, *, due: bool) -> LowGrad:
         """Project ``param.grad``, with a new basis if one is due. Nothing is changed until :meth:`step` commits it."""
-        grad = cast("Tensor", param.grad)
-        return self._projector.prepare(grad, self.targets[param], self._weight_state(param), due=due)
+        return self._projector.prepare(param, self._group_of(param), due=due)
 
     @torch.no_grad()
     def move(self, param: Tensor, low_grad: LowGrad | None) -> None:
@@ -282,9 +283,46 @@ class GaLoreOptimizer(OptimizerWrapper):
         Raises:
             ValueError: If it is of another rank or side, full-rank, or of another package; nothing has changed then.
         """
-        state_keys.check_loadable(state_dict, self.param_groups, self.targets)
+        state_keys.check_loadable(state_dict, self.param_groups, self.targets, adaptive=self.config.adaptive_rank)
         self.base.load_state_dict(state_dict)
         state_keys.restore_dtypes(state_dict, self.param_groups, self.state)
+
+    def set_schedule(self, **settings: Any) -> None:
+        """Decide otherwise from now on when a subspace is refreshed; what each weight's past has shown is kept.
+
+        Args:
+            **settings: Settings of the schedule (``schedule``, ``update_proj_gap``, ``stagger``, ...).
+
+        Raises:
+            TypeError: If one of them is no setting of the schedule.
+            ValueError: If one is out of range.
+        """
+        others = sorted(set(settings) - set(SCHEDULE_SETTINGS))
+        if others:
+            raise TypeError(
+                f"{', '.join(others)}: no setting of a schedule; choose among {', '.join(SCHEDULE_SETTINGS)}."
+            )
+        self.config = self.config.with_settings(**settings)
+        self._projector.reschedule(self.config)
+        self._projector.arrange(self.param_groups)
+
+    def watch(self, watching: bool = True) -> None:
+        """Measure at every step how much of each gradient its basis holds: one pass over the gradient more."""
+        self._projector.watching = watching
+
+    def on_refresh(self, listener: Callable[[RefreshEvent], None] | None) -> None:
+        """Tell ``listener`` of every refresh from now on, when its step has been taken; None for nobody."""
+        self._projector.listener = listener
+
+    @property
+    def refresh_seconds(self) -> float:
+        """Seconds that this object has spent on finding bases."""
+        return self._projector.refresher.seconds
+
+    def subspaces(self) -> list[SubspaceStatus]:
+        """How the subspace of each projected weight stands now."""
+        groups = {param: self._group_of(param) for param in self.targets if param in self._group_index}
+        return statuses(self._projector, self.targets, groups)
 
     def targets_table(self) -> TargetTable:
         """Every parameter: its shape, side, rank, bytes of low-rank state, or why it is not projected.

@@ -18,11 +18,19 @@ from lightning_galore.low_grad import LowGrad
 
 @dataclass(frozen=True)
 class Swap:
-    """One projected weight in the middle of a step."""
+    """One projected weight in the middle of a step.
 
-    param: Tensor  # (m, n)
+    Args:
+        param: The weight ``(m, n)``.
+        low_grad: Its low-rank gradient.
+        group: Its param group.
+        carried: ``base``'s own state of it in new coordinates; None where its coordinates have not changed.
+    """
+
+    param: Tensor
     low_grad: LowGrad
     group: dict[str, Any]
+    carried: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +80,11 @@ def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iter
     saved = [dict(group) for group in groups]
     kept = {swap.param: base.state.pop(swap.param, {}) for swap in shown.swaps}
     hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+    stepped = False
     for swap in shown.swaps:
         # An optimizer takes an empty state for the sign of a first step, so only its own keys may be there.
         own = {key: value for key, value in kept[swap.param].items() if not state_keys.is_ours(key)}
+        own = own if swap.carried is None else dict(swap.carried)
         if own:
             base.state[swap.low_grad.proxy] = own
     try:
@@ -82,14 +92,18 @@ def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iter
         base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         base.param_groups = groups + _put_proxies(groups, shown, dense_lr_factor)
         yield
+        stepped = True
     finally:
         base.param_groups = groups
         base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = hooks
         for group, before in zip(groups, saved, strict=True):
             group.update({key: before[key] for key in ("params", *shown.overrides)})
         for swap in shown.swaps:
-            ours = {key: value for key, value in kept[swap.param].items() if state_keys.is_ours(key)}
-            base.state[swap.param] = {**base.state.pop(swap.low_grad.proxy, {}), **ours}
+            before, after = kept[swap.param], base.state.pop(swap.low_grad.proxy, {})
+            if not stepped and swap.carried is not None:
+                after = before  # the basis stays the old one, so its coordinates must
+            ours = {key: value for key, value in before.items() if state_keys.is_ours(key)}
+            base.state[swap.param] = {**after, **ours}
 
 
 def _put_proxies(groups: Sequence[dict[str, Any]], shown: Shown, dense_lr_factor: float) -> list[dict[str, Any]]:

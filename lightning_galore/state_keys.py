@@ -26,6 +26,22 @@ REFRESHED_AT = "galore_refreshed_at"  # step of the last refresh, -1 while the b
 REFRESHES = "galore_refreshes"
 FAILURES = "galore_failures"  # refreshes that were due and found no basis
 OVERLAP = "galore_overlap"  # of the last two bases, -1.0 before the second refresh
+START, PHASE = "galore_start", "galore_phase"  # where the weight stands among staggered ones
+GAP = "galore_gap"  # as adapted so far, 0 for the weight's update_proj_gap
+WORTH = "galore_worth"  # what a fresh basis is worth, by the schedule's measure
+COSINES = "galore_cosines"  # of the last first vectors
+ENERGY = "galore_energy"  # captured by the last basis of the gradient that it was found from
+# What a schedule knows of a weight, field by field.
+RECORD = {
+    "refreshed_at": REFRESHED_AT,
+    "num_refreshes": REFRESHES,
+    "overlap": OVERLAP,
+    "start": START,
+    "phase": PHASE,
+    "current_gap": GAP,
+    "worth": WORTH,
+    "cosines": COSINES,
+}
 
 
 def is_ours(key: str) -> bool:
@@ -38,12 +54,12 @@ class WeightState:
 
     Args:
         state: ``optimizer.state[param]``.
-        projection: The weight's geometry.
+        target: The weight's geometry as it was chosen, whose rank is the upper bound of an adaptive one.
     """
 
-    def __init__(self, state: dict[str, Any], projection: Projection) -> None:
+    def __init__(self, state: dict[str, Any], target: Projection) -> None:
         self._state = state
-        self._projection = projection
+        self._target = target
 
     @property
     def step(self) -> int:
@@ -51,24 +67,19 @@ class WeightState:
         return int(self._state.get(STEP, 0))
 
     @property
-    def refreshed_at(self) -> int:
-        """Step of the last refresh, -1 when none has succeeded."""
-        return int(self._state.get(REFRESHED_AT, -1))
-
-    @property
-    def num_refreshes(self) -> int:
-        """Refreshes that succeeded."""
-        return int(self._state.get(REFRESHES, 0))
-
-    @property
     def num_failures(self) -> int:
         """Refreshes that were due and found no basis."""
         return int(self._state.get(FAILURES, 0))
 
     @property
-    def overlap(self) -> float:
-        """Of the last two bases, -1.0 before the second refresh."""
-        return float(self._state.get(OVERLAP, -1.0))
+    def energy(self) -> float:
+        """Share of the gradient's energy that the basis captured when it was found, -1.0 when not known."""
+        return float(self._state.get(ENERGY, -1.0))
+
+    @property
+    def own(self) -> Mapping[str, Any]:
+        """The wrapped optimizer's own entries."""
+        return {key: value for key, value in self._state.items() if not is_ours(key)}
 
     @property
     def has_bases(self) -> bool:
@@ -77,32 +88,46 @@ class WeightState:
 
     @property
     def bases(self) -> tuple[Tensor, ...]:
-        """The stored bases, of ``projection.basis_shapes``."""
-        return tuple(self._state[key] for key in basis_keys(self._projection))
+        """The stored bases, of the shapes of :attr:`projection`."""
+        return tuple(self._state[key] for key in basis_keys(self._target))
 
-    def record(self, gap: int) -> RefreshRecord:
-        """What a schedule may know."""
-        return RefreshRecord(
-            refreshed_at=self.refreshed_at, num_refreshes=self.num_refreshes, gap=gap, overlap=self.overlap
-        )
+    @property
+    def projection(self) -> Projection:
+        """The weight's geometry now: under an adaptive rank the target's rank is only the upper bound."""
+        return self._target.with_rank(self._state[BASIS].shape[1]) if self.has_bases else self._target
 
-    def record_refresh(self, bases: Sequence[Tensor] | None, *, found: bool, overlap: float) -> None:
-        """Write what a due refresh came to.
+    def record(self, gap: int, *, start: int = 0, phase: int = 0) -> RefreshRecord:
+        """What a schedule may know.
+
+        Args:
+            gap: The weight's ``update_proj_gap``.
+            start: Where the weight stands among staggered ones, unless its state says so.
+            phase: Likewise.
+        """
+        saved = {field: self._state[key] for field, key in RECORD.items() if key in self._state}
+        saved["cosines"] = tuple(saved.get("cosines", ()))
+        return RefreshRecord(gap=gap, **{"start": start, "phase": phase, **saved})
+
+    def keep_record(self, record: RefreshRecord) -> None:
+        """Write what the schedule knows now."""
+        self._state.update({key: getattr(record, field) for field, key in RECORD.items()})
+
+    def keep_bases(self, bases: Sequence[Tensor] | None, *, found: bool, failed: bool, energy: float) -> None:
+        """Write what a refresh came to.
 
         Args:
             bases: New bases, or None to keep the old ones.
-            found: False for a failure; ``bases`` are then stand-ins, replaced as soon as a gradient allows.
-            overlap: Of the old and the new bases.
+            found: Whether they come from the gradient; otherwise they stand in until one gives better ones.
+            failed: Whether a refresh was due and found none.
+            energy: Share of the gradient's energy that the new bases hold.
         """
         if bases is not None:
-            self._state.update(zip(basis_keys(self._projection), bases, strict=True))
+            self._state.update(zip(basis_keys(self._target), bases, strict=True))
         self._state.update(
             {
-                SIDE: SIDE_CODES[self._projection.side],
-                REFRESHED_AT: self.step if found else self.refreshed_at,
-                REFRESHES: self.num_refreshes + found,
-                FAILURES: self.num_failures + (not found),
-                OVERLAP: overlap if found else self.overlap,
+                SIDE: SIDE_CODES[self._target.side],
+                ENERGY: energy if found else self.energy,
+                FAILURES: self.num_failures + failed,
             }
         )
 
@@ -117,9 +142,19 @@ def basis_keys(projection: Projection) -> tuple[str, ...]:
 
 
 def check_loadable(
-    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], targets: Mapping[Tensor, Target]
+    state_dict: Mapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    targets: Mapping[Tensor, Target],
+    *,
+    adaptive: bool,
 ) -> None:
     """Refuse, before anything is changed, a state that does not fit the targets.
+
+    Args:
+        state_dict: What shall be loaded.
+        param_groups: Where it shall be loaded into.
+        targets: The projected weights.
+        adaptive: Whether the rank of a target is only an upper bound.
 
     Raises:
         ValueError: With the weight's name, what was saved, what is wanted and what to do.
@@ -144,7 +179,7 @@ def check_loadable(
                 f"The checkpoint holds no subspace for {target.name}: its optimizer state is full-rank. Load its "
                 "weights only (Module.load_from_checkpoint) and start a new run, or resume it without GaLore."
             )
-        _check_geometry(saved, target)
+        _check_geometry(saved, target, adaptive=adaptive)
 
 
 def _is_unused(saved: Mapping[str, Any], target: Target) -> bool:
@@ -153,13 +188,14 @@ def _is_unused(saved: Mapping[str, Any], target: Target) -> bool:
     return float(saved.get("step", 1)) == 0 and shapes <= {target.projection.low_shape}
 
 
-def _check_geometry(saved: Mapping[str, Any], target: Target) -> None:
+def _check_geometry(saved: Mapping[str, Any], target: Target, *, adaptive: bool) -> None:
     projection = target.projection
     names = {code: side for side, code in SIDE_CODES.items()}
     side = names.get(saved.get(SIDE, -1), "unknown")
     rank = saved[BASIS].shape[1]
     shapes = tuple(tuple(saved[key].shape) for key in basis_keys(projection) if key in saved)
-    if side == projection.side and shapes == projection.basis_shapes:
+    fits = projection.with_rank(min(rank, projection.rank) if adaptive else projection.rank)
+    if side == projection.side and shapes == fits.basis_shapes:
         return
     raise ValueError(
         f"The checkpoint's subspace of {target.name} has rank={rank}, side={side} and bases {shapes}; this run has "

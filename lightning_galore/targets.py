@@ -160,10 +160,12 @@ class Selector:
         shape = (param.shape[0], param.shape[1])
         # A rank in the group names these very weights, so r = min(m, n) is honoured there although it saves nothing.
         least = min(shape) if "rank" in group else min(shape) - 1
-        if config.rank > least:
-            return None, f"min(m, n) = {min(shape)} <= rank = {config.rank}: nothing would be saved"
-        projection = Projection(shape=shape, side=resolve_side(config.proj_type, shape), rank=config.rank)
-        return Target(name=self.names.get(param, fallback_name), projection=projection), ""
+        name = self.names.get(param, fallback_name)
+        rank = config.rank_of(name.rpartition(".")[0], shape, named=group.get("rank"))
+        if rank > least:
+            return None, f"min(m, n) = {min(shape)} <= rank = {rank}: nothing would be saved"
+        projection = Projection(shape=shape, side=resolve_side(config.proj_type, shape), rank=rank)
+        return Target(name=name, projection=projection), ""
 
     def _reason(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Why ``param`` cannot or shall not be projected, whatever its rank; empty when it can."""

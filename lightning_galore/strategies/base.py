@@ -25,7 +25,9 @@ from lightning_galore.config import (
     LiftName,
     Method,
     Mode,
+    MomentsName,
     ProjType,
+    RankRuleName,
     ScheduleName,
     SubspaceName,
 )
@@ -48,17 +50,32 @@ class GaLoreStrategy(BackwardModes):
     as ``strategy="galore"`` when ``lightning_galore`` is imported.
 
     Args:
-        rank: Width of the gradient subspace.
-        update_proj_gap: Optimizer steps between two refreshes of a weight's subspace.
+        rank: Width of the gradient subspace, or as a fraction of a weight's short side.
+        update_proj_gap: Optimizer steps between two refreshes of a weight's subspace; None is the method's, else 200.
         scale: Factor on the projected-back update.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
         mode: When gradients are projected and weights move: step, project (frees full gradients in backward) or
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
-        method: A preset by name; settings that you name win over it.
-        subspace: How a basis is found: randomized, svd, gaussian or random_orthonormal.
-        schedule: When a basis is refreshed.
+        method: A preset by name: galore, galore2 or galore-track; settings that you name win over it.
+        subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal or gaussian.
+        schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
+        stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
+        refresh_share: Most time that first refreshes may add to a step, as a share of an ordinary optimizer step.
+        refresh_warmup: Steps at the start during which the gap grows to update_proj_gap.
+        min_gap: Lower bound of a gap that changes.
+        max_gap: Upper bound of a gap that changes.
+        grow_above: Share of a fresh basis's worth above which "adaptive" doubles the gap.
+        shrink_below: Share below which it halves it.
+        refresh_below: Share of a fresh basis's energy below which "energy" refreshes.
+        moments: What happens to the moments at a refresh: keep, rotate, rotate_first or reset.
+        rank_rule: fixed, or a rank that follows the gradient: energy or noise_edge.
+        rank_energy: Share of the gradient's energy that rank_rule="energy" holds.
+        min_rank: Lower bound of an adaptive rank.
+        rank_pattern: Ranks of some modules, a mapping from substring or regular expression to rank.
+        state_budget: Most bytes of bases and moments together under an adaptive rank.
+        tracking_rho: Weight of the first moment in what subspace="track" follows.
         lift: How the low-rank update becomes a weight update.
         basis_storage: Data type in which a basis is kept.
         clip_weight_norm: Clip the gradient of each parameter by itself to this norm.
@@ -80,8 +97,8 @@ class GaLoreStrategy(BackwardModes):
 
     def __init__(
         self,
-        rank: int = 128,
-        update_proj_gap: int = 200,
+        rank: int | float = 128,
+        update_proj_gap: int | None = None,
         scale: float = 0.25,
         proj_type: ProjType = "std",
         mode: Mode = "step",
@@ -89,7 +106,22 @@ class GaLoreStrategy(BackwardModes):
         ignore_modules: str | type | Sequence[str | type] = (),
         method: Method | None = None,
         subspace: SubspaceName = "auto",
-        schedule: ScheduleName = "fixed",
+        schedule: ScheduleName = "auto",
+        stagger: bool | None = None,
+        refresh_share: float = 0.5,
+        refresh_warmup: int = 0,
+        min_gap: int | None = None,
+        max_gap: int | None = None,
+        grow_above: float = 0.9,
+        shrink_below: float = 0.6,
+        refresh_below: float = 0.7,
+        moments: MomentsName = "auto",
+        rank_rule: RankRuleName = "fixed",
+        rank_energy: float = 0.9,
+        min_rank: int = 1,
+        rank_pattern: dict[str, int | float] | None = None,
+        state_budget: int | None = None,
+        tracking_rho: float = 0.9,
         lift: LiftName = "project_back",
         basis_storage: BasisStorage = "param",
         clip_weight_norm: float | None = None,
@@ -117,6 +149,21 @@ class GaLoreStrategy(BackwardModes):
             method=method,
             subspace=subspace,
             schedule=schedule,
+            stagger=stagger,
+            refresh_share=refresh_share,
+            refresh_warmup=refresh_warmup,
+            min_gap=min_gap,
+            max_gap=max_gap,
+            grow_above=grow_above,
+            shrink_below=shrink_below,
+            refresh_below=refresh_below,
+            moments=moments,
+            rank_rule=rank_rule,
+            rank_energy=rank_energy,
+            min_rank=min_rank,
+            rank_pattern=rank_pattern or {},
+            state_budget=state_budget,
+            tracking_rho=tracking_rho,
             lift=lift,
             basis_storage=basis_storage,
             clip_weight_norm=clip_weight_norm,
@@ -232,7 +279,7 @@ def _check_names(cls: type[GaLoreStrategy], kwargs: Mapping[str, Any]) -> None:
         raise TypeError(f"GaLoreStrategy got an unknown argument {name}={kwargs[name]!r}; {hint}")
 
 
-def _warn_of_small_weights(table: TargetTable, rank: int) -> None:
+def _warn_of_small_weights(table: TargetTable, rank: int | float) -> None:
     # A single row or column has no smaller rank, so there is nothing to advise.
     small = [row.name for row in table.rows if "nothing would be saved" in row.reason and min(row.shape) > 1]
     if small:

@@ -1,16 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a basis is found: one file a kind, one line here."""
 
-from lightning_galore.subspace.base import SIDE_CODES, Projection, Side, Subspace, resolve_side, seeded_generator
+from lightning_galore.subspace.base import (
+    SIDE_CODES,
+    Found,
+    Known,
+    Projection,
+    Side,
+    Subspace,
+    resolve_side,
+    seeded_generator,
+)
+from lightning_galore.subspace.columns import Columns
+from lightning_galore.subspace.power import Power
 from lightning_galore.subspace.random import Gaussian, RandomOrthonormal
 from lightning_galore.subspace.randomized import Randomized
-from lightning_galore.subspace.svd import SVD
+from lightning_galore.subspace.svd import SVD, Gram
+from lightning_galore.subspace.track import Track
 
 SUBSPACES: dict[str, type[Subspace]] = {
     "randomized": Randomized,
     "svd": SVD,
+    "gram": Gram,
+    "power": Power,
+    "track": Track,
+    "columns": Columns,
     "gaussian": Gaussian,
     "random_orthonormal": RandomOrthonormal,
 }
 
-__all__ = ["SIDE_CODES", "SUBSPACES", "Projection", "Side", "Subspace", "resolve_side", "seeded_generator"]
+__all__ = [
+    "SIDE_CODES",
+    "SUBSPACES",
+    "Found",
+    "Known",
+    "Projection",
+    "Side",
+    "Subspace",
+    "resolve_side",
+    "seeded_generator",
+]

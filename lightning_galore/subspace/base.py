@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_galore import linalg
-from lightning_galore.config import ProjType
+from lightning_galore.config import GaLoreConfig, ProjType
 
 Side = Literal["left", "right", "full"]
 # In a state dict a side is a number: torch walks into strings there as into any iterable.
@@ -46,6 +47,10 @@ class Projection:
     side: Side
     rank: int
 
+    def with_rank(self, rank: int) -> Projection:
+        """The same side at another rank: the width of a basis may change where ``rank`` is only its ceiling."""
+        return self if rank == self.rank else replace(self, rank=rank)
+
     @property
     def low_shape(self) -> tuple[int, int]:
         """Shape of the low-rank gradient, its update and its moments."""
@@ -58,6 +63,13 @@ class Projection:
         m, n = self.shape
         left, right = (m, self.rank), (n, self.rank)
         return {"left": (left,), "right": (right,), "full": (left, right)}[self.side]
+
+    def oriented(
+        self,
+        matrix: Tensor,  # (m, n)
+    ) -> tuple[Tensor, ...]:
+        """``matrix`` as each basis sees it ``(d, l)``, a view with its projected dimension first: see basis_shapes."""
+        return {"left": (matrix,), "right": (matrix.mT,), "full": (matrix, matrix.mT)}[self.side]
 
     def project(
         self,
@@ -98,13 +110,53 @@ class Projection:
             weight.add_(factors[0] @ factors[1], alpha=alpha)
 
 
-class Subspace(ABC):
-    """A way to find the basis of a gradient's subspace. Holds no state; to repeat itself it needs the generator only.
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What a finder may start from: the weight's last bases, and what the wrapped optimizer remembers in them.
 
-    Subclasses vary one piece, :meth:`_pair`; what happens to a gradient that no basis can be found for stands here.
+    Args:
+        bases: The last bases, left and right as in ``Projection.basis_shapes``; their rank may be another one.
+        momentum: First moment of the wrapped optimizer, bias-corrected, in the coordinates of ``bases``; None where
+            it keeps none or nobody asked.
+    """
+
+    bases: tuple[Tensor, ...]
+    momentum: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a finder came to.
+
+    Args:
+        bases: Of ``projection.basis_shapes``, in the decomposition dtype.
+        spectrum: Largest singular values of the gradient as far as the finder knows them ``(k,)``, ``k >= r`` or so,
+            in descending order; None for a finder that does not look at the gradient.
+    """
+
+    bases: tuple[Tensor, ...]
+    spectrum: Tensor | None = None
+
+
+class Subspace(ABC):
+    """A way to find the basis of a gradient's subspace. Holds no state; to repeat itself it needs its arguments only.
+
+    Subclasses vary one piece, :meth:`_find`; what happens to a gradient that no basis can be found for, and the signs
+    of the vectors, stand here.
     """
 
     orthonormal: ClassVar[bool] = True
+    #: Whether the basis follows the last one: each vector then keeps the sign of its namesake there.
+    continuous: ClassVar[bool] = False
+    #: Whether the finder wants ``Known.momentum``, which costs a read of the wrapped optimizer's state.
+    uses_momentum: ClassVar[bool] = False
+    #: Time of a refresh as a multiple of the same weight's ordinary optimizer step, roughly: for staggering.
+    relative_cost: ClassVar[float] = 6.0
+
+    @classmethod
+    def build(cls, config: GaLoreConfig) -> Self:
+        """The finder with the settings that concern it."""
+        return cls()
 
     @final
     def find(
@@ -113,27 +165,52 @@ class Subspace(ABC):
         projection: Projection,
         *,
         generator: torch.Generator,
+        known: Known | None = None,
         fix_signs: bool = True,
-    ) -> tuple[Tensor, ...] | None:
+    ) -> Found | None:
         """Bases of ``projection.basis_shapes`` in the decomposition dtype, or None when the gradient gives none.
 
         A gradient that is zero or not finite never reaches a decomposition: there the caller keeps what it has.
         This is the one place where a step waits for the device, and only at a refresh.
+
+        Args:
+            grad: Gradient of the weight.
+            projection: Its side and rank.
+            generator: Source of all randomness.
+            known: What came before, None at the first refresh.
+            fix_signs: Make the entry of largest magnitude of each vector positive, where signs are arbitrary. A finder
+                that follows the last basis takes the signs from there instead.
         """
-        # Not grad.abs().amax(), which would copy the gradient at the very moment when memory is shortest.
-        if not 0 < float(torch.linalg.vector_norm(grad, torch.inf)) < float("inf"):
+        # Not grad.abs(), which would copy the gradient at the very moment when memory is shortest; nor a vector_norm of
+        # infinite order, which takes 18 times as long on a CPU. NaN fails both comparisons.
+        low, high = (float(extreme) for extreme in torch.aminmax(grad))
+        if not (float("-inf") < low <= high < float("inf")) or low == high == 0:
             return None
-        pair = self._pair(grad, projection.rank, generator)
-        if pair is None:
+        work = grad.to(linalg.decomposition_dtype(grad.dtype))
+        found = self._find(work, projection, generator=generator, known=known)
+        if found is None or not all(bool(torch.isfinite(basis).all()) for basis in found.bases):
             return None
-        bases = {"left": pair[:1], "right": pair[1:], "full": pair}[projection.side]
-        if fix_signs and self.orthonormal:
+        return replace(found, bases=self._with_signs(found.bases, known, fix_signs=fix_signs))
+
+    def _with_signs(self, bases: tuple[Tensor, ...], known: Known | None, *, fix_signs: bool) -> tuple[Tensor, ...]:
+        if not self.orthonormal:
+            return bases
+        if fix_signs:
             bases = tuple(linalg.fix_signs(basis) for basis in bases)
-        return bases if all(bool(torch.isfinite(basis).all()) for basis in bases) else None
+        if self.continuous and known is not None:
+            bases = tuple(linalg.align_signs(new, old) for new, old in zip(bases, known.bases, strict=True))
+        return bases
 
     @abstractmethod
-    def _pair(self, grad: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
-        """Left ``(m, r)`` and right ``(n, r)`` basis of a finite, non-zero ``grad``; None when it fails."""
+    def _find(
+        self,
+        grad: Tensor,  # (m, n), in the decomposition dtype
+        projection: Projection,
+        *,
+        generator: torch.Generator,
+        known: Known | None,
+    ) -> Found | None:
+        """Bases of a finite, non-zero ``grad``, with any signs; None when a decomposition fails."""
 
 
 def seeded_generator(device: torch.device, *, seed: int, name: str, refresh: int) -> torch.Generator:

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_galore import linalg
-from lightning_galore.subspace.base import Subspace
+from lightning_galore.subspace.base import Found, Known, Projection, Subspace
 
 
 class Gaussian(Subspace):
@@ -19,15 +19,21 @@ class Gaussian(Subspace):
     orthonormal: ClassVar[bool] = False
 
     @override
-    def _pair(self, grad: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
-        left, right = (linalg.gaussian(rows, rank, like=grad, generator=generator) for rows in grad.shape)
-        return left / rank**0.5, right / rank**0.5
+    def _find(
+        self, grad: Tensor, projection: Projection, *, generator: torch.Generator, known: Known | None
+    ) -> Found | None:
+        return Found(bases=tuple(draw / projection.rank**0.5 for draw in _draws(grad, projection, generator)))
 
 
 class RandomOrthonormal(Subspace):
     """A uniformly distributed orthonormal basis: the QR factor of a Gaussian matrix. Never runs an SVD."""
 
     @override
-    def _pair(self, grad: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
-        left, right = (linalg.gaussian(rows, rank, like=grad, generator=generator) for rows in grad.shape)
-        return linalg.orthonormalize(left), linalg.orthonormalize(right)
+    def _find(
+        self, grad: Tensor, projection: Projection, *, generator: torch.Generator, known: Known | None
+    ) -> Found | None:
+        return Found(bases=tuple(linalg.orthonormalize(draw) for draw in _draws(grad, projection, generator)))
+
+
+def _draws(grad: Tensor, projection: Projection, generator: torch.Generator) -> list[Tensor]:
+    return [linalg.gaussian(d, r, like=grad, generator=generator) for d, r in projection.basis_shapes]

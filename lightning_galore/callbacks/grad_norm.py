@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks that watch low-rank training through the optimizer's public interface."""
+"""The norm of gradients that are gone by the time anybody could look."""
 
 from __future__ import annotations
 

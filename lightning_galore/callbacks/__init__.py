@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks that schedule and watch low-rank training through the optimizer's public interface."""
+
+from lightning_galore.callbacks.grad_norm import GradNormMonitor
+from lightning_galore.callbacks.subspace_scheduler import SubspaceScheduler
+
+__all__ = ["GradNormMonitor", "SubspaceScheduler"]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of low-rank training: names, defaults, ranges and their error messages. Holds primitives only."""
+
+from lightning_galore.config.presets import (
+    AUTO,
+    CLASS_PREFIX,
+    GROUP_KEYS,
+    METHODS,
+    SCHEDULE_SETTINGS,
+    BasisStorage,
+    LiftName,
+    Method,
+    Mode,
+    MomentsName,
+    ProjType,
+    RankRuleName,
+    ScheduleName,
+    SubspaceName,
+)
+from lightning_galore.config.settings import GaLoreConfig
+
+__all__ = [
+    "AUTO",
+    "CLASS_PREFIX",
+    "GROUP_KEYS",
+    "METHODS",
+    "SCHEDULE_SETTINGS",
+    "BasisStorage",
+    "GaLoreConfig",
+    "LiftName",
+    "Method",
+    "Mode",
+    "MomentsName",
+    "ProjType",
+    "RankRuleName",
+    "ScheduleName",
+    "SubspaceName",
+]

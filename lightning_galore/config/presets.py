@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words that settings are made of: the choices on each axis, and the presets, which are rows of such choices."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+ProjType = Literal["std", "reverse_std", "left", "right", "full"]
+SubspaceName = Literal[
+    "auto", "randomized", "svd", "gram", "power", "track", "gaussian", "random_orthonormal", "columns"
+]
+ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
+RankRuleName = Literal["fixed", "energy", "noise_edge"]
+MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
+LiftName = Literal["project_back"]
+BasisStorage = Literal["param", "fp32", "bf16", "fp16"]
+Mode = Literal["step", "project", "layerwise"]
+Method = Literal["galore", "galore2", "galore-track"]
+
+#: What an axis is where neither the user nor a method says anything.
+AUTO: dict[str, Any] = {
+    "subspace": "randomized",
+    "schedule": "fixed",
+    "stagger": True,
+    "moments": "rotate_first",
+    "update_proj_gap": 200,
+}
+#: A named method is nothing but a row of choices; it fills the axes that the user left open.
+METHODS: dict[str, dict[str, Any]] = {
+    # arXiv 2403.03507
+    "galore": {"subspace": "svd", "schedule": "fixed", "stagger": False, "moments": "keep"},
+    # arXiv 2504.20437
+    "galore2": {"subspace": "randomized", "schedule": "fixed", "stagger": False, "moments": "keep"},
+    # The basis follows the gradient instead of being replaced (related to LDAdam, arXiv 2410.16103).
+    "galore-track": {
+        "subspace": "track",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "rotate_first",
+        "update_proj_gap": 1,
+    },
+}
+#: How an axis is written that is left open.
+OPEN = ("auto", None)
+
+#: Keys of a param group that override the configuration for the weights of that group (galore-torch's own words).
+GROUP_KEYS = ("rank", "update_proj_gap", "scale", "proj_type")
+
+#: The settings that say when a subspace is refreshed; ``SubspaceScheduler`` may own them.
+SCHEDULE_SETTINGS = (
+    "schedule",
+    "update_proj_gap",
+    "stagger",
+    "refresh_share",
+    "refresh_warmup",
+    "min_gap",
+    "max_gap",
+    "grow_above",
+    "shrink_below",
+    "refresh_below",
+)
+
+CLASS_PREFIX = "class:"  # how a module class is written as a string: "class:torch.nn.Linear"

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: each setting with its meaning and its default, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+from lightning_galore.config.checks import (
+    as_patterns,
+    as_rank_pattern,
+    check_bool,
+    check_choice,
+    check_int,
+    check_positive,
+    check_rank,
+    check_share,
+)
+from lightning_galore.config.presets import (
+    AUTO,
+    GROUP_KEYS,
+    METHODS,
+    OPEN,
+    BasisStorage,
+    LiftName,
+    Method,
+    Mode,
+    MomentsName,
+    ProjType,
+    RankRuleName,
+    ScheduleName,
+    SubspaceName,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLoreConfig:
+    """How gradients are projected, which weights are, and how often the subspace is refreshed.
+
+    Args:
+        rank: Width ``r`` of the gradient subspace, or as a fraction in (0, 1) of the weight's short side. A weight
+            with ``min(m, n) <= rank`` would save nothing and stays full-rank.
+        update_proj_gap: Optimizer steps between two refreshes of a weight's subspace (``T`` in the paper). None is
+            what ``method`` says, else 200.
+        scale: Factor on the projected-back update (``alpha`` in the paper).
+        proj_type: Which side is projected. ``std``: the shorter dimension; ``reverse_std``: the longer one; ``left``:
+            rows; ``right``: columns; ``full``: both (the low-rank gradient is ``r x r``).
+        mode: When gradients are projected and weights move. ``step``: both in ``optimizer.step``. ``project``:
+            gradients in backward, where each full one is freed at once. ``layerwise``: weights in backward too, and no
+            gradient outlives it.
+        target_modules: Which modules' weights are projected: ``"all-linear"`` (every ``nn.Linear`` but the output head
+            and what is tied to an embedding), a regular expression that must match the whole module name, or a list of
+            substrings, expressions and module classes (``torch.nn.Linear``, or ``"class:torch.nn.Linear"`` in YAML).
+        ignore_modules: Modules to leave out, written like a list for ``target_modules``.
+        method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized) or ``galore-track``
+            (the basis follows the gradient at every step). Settings you name win over it.
+        subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
+            (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
+            gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
+            orthonormal). ``auto`` is what ``method`` says, else ``randomized``.
+        schedule: When a basis is refreshed. ``fixed``: every gap; ``adaptive``: the gap follows the overlap of old and
+            new bases; ``cos``: Q-GaLore's rule; ``energy``: when the basis no longer holds enough of the gradient.
+        stagger: Spread the refreshes of the weights over the gap, so that no step refreshes all of them. None is what
+            ``method`` says, else True.
+        refresh_share: With ``stagger``, most time that first refreshes may add to a step, as a share of an ordinary
+            optimizer step; until its first one a weight trains in the span of unit vectors.
+        refresh_warmup: Optimizer steps at the start during which the gap grows linearly from ``min_gap`` to
+            ``update_proj_gap``: gradients turn fastest early.
+        min_gap: Lower bound of a gap that changes; None is a quarter of ``update_proj_gap``.
+        max_gap: Upper bound of a gap that changes; None is eight times ``update_proj_gap``.
+        grow_above: ``adaptive`` doubles the gap when the overlap across it is at least this share of the overlap of
+            two bases found one step apart.
+        shrink_below: ``adaptive`` halves the gap when it is less than this share.
+        refresh_below: ``energy`` refreshes when the basis holds less than this share of the energy that it held one
+            step after it was found.
+        moments: What happens to the wrapped optimizer's moments at a refresh. ``keep``: nothing, as published;
+            ``rotate``: first and second moments are carried into the new coordinates; ``rotate_first``: first ones
+            only; ``reset``: begin anew. ``auto`` is what ``method`` says, else ``rotate_first``.
+        rank_rule: ``fixed``: every weight has ``rank``. ``energy``: the smallest rank that holds ``rank_energy`` of
+            the gradient's energy, ``noise_edge``: as many directions as stand out of noise (Marchenko-Pastur), both
+            chosen anew at each refresh, between ``min_rank`` and ``rank``.
+        rank_energy: Share of the gradient's energy that ``rank_rule="energy"`` holds.
+        min_rank: Lower bound of an adaptive rank.
+        rank_pattern: Ranks of some modules by name, a mapping from substring or regular expression to a rank; the
+            first that matches counts. It wins over ``rank``, and a param group's ``rank`` wins over it.
+        state_budget: Most bytes that bases and moments of all projected weights may take together under an adaptive
+            rank; ranks are capped so that it holds at every step. None is no cap.
+        tracking_rho: Weight of the first moment in what ``subspace="track"`` follows; the gradient has the rest.
+        lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``.
+        basis_storage: Data type in which a basis is kept: that of the weight (``param``), or a type of its own.
+        clip_weight_norm: Clip the gradient of each parameter by itself to this norm, in every mode. Clipping by the
+            global norm is the Trainer's ``gradient_clip_val``, which ``mode="layerwise"`` cannot honour.
+        fix_signs: Fix the arbitrary signs of singular vectors, so that runs repeat across machines. ``False`` keeps
+            LAPACK's signs, for parity with galore-torch.
+        dense_lr_factor: Factor on the learning rate of the weights that are *not* projected. They get no ``scale``, so
+            at GaLore's usual learning rates they move ``1 / scale`` times as fast as the projected ones.
+        seed: Seed of the random subspaces. Each weight and refresh draws its own numbers from it.
+
+    Raises:
+        ValueError: If a value is out of range; the message names the argument, the value and the remedy.
+        TypeError: If a value has the wrong type.
+
+    Example:
+        >>> GaLoreConfig(rank=8, scale=2.0).subspace
+        'randomized'
+        >>> GaLoreConfig(rank=8, method="galore").subspace
+        'svd'
+    """
+
+    rank: int | float = 128
+    update_proj_gap: int | None = None
+    scale: float = 0.25
+    proj_type: ProjType = "std"
+    mode: Mode = "step"
+    target_modules: str | type | Sequence[str | type] = "all-linear"
+    ignore_modules: str | type | Sequence[str | type] = ()
+    method: Method | None = None
+    subspace: SubspaceName = "auto"
+    schedule: ScheduleName = "auto"
+    stagger: bool | None = None
+    refresh_share: float = 0.5
+    refresh_warmup: int = 0
+    min_gap: int | None = None
+    max_gap: int | None = None
+    grow_above: float = 0.9
+    shrink_below: float = 0.6
+    refresh_below: float = 0.7
+    moments: MomentsName = "auto"
+    rank_rule: RankRuleName = "fixed"
+    rank_energy: float = 0.9
+    min_rank: int = 1
+    rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] = ()
+    state_budget: int | None = None
+    tracking_rho: float = 0.9
+    lift: LiftName = "project_back"
+    basis_storage: BasisStorage = "param"
+    clip_weight_norm: float | None = None
+    fix_signs: bool = True
+    dense_lr_factor: float = 1.0
+    seed: int = 0
+
+    # The axes that the user left open. Not a field: equal settings are equal, whoever named them.
+    _opened: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, (None, *METHODS))
+        self._fill_open_axes()
+        self._check_numbers()
+        self._check_schedule()
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), get_args(choices))
+        for name in ("fix_signs", "stagger"):
+            check_bool(name, getattr(self, name))
+        target = self.target_modules
+        if not isinstance(target, str):
+            object.__setattr__(self, "target_modules", as_patterns("target_modules", target))
+        if not self.target_modules:
+            raise ValueError(
+                f'target_modules={target!r} selects nothing; use "all-linear", a regular expression or a list.'
+            )
+        object.__setattr__(self, "ignore_modules", as_patterns("ignore_modules", self.ignore_modules))
+        object.__setattr__(self, "rank_pattern", as_rank_pattern("rank_pattern", self.rank_pattern))
+
+    def _fill_open_axes(self) -> None:
+        choices = {**AUTO, **(METHODS[self.method] if self.method else {})}
+        opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
+        for axis, choice in opened.items():
+            object.__setattr__(self, axis, choice)
+        object.__setattr__(self, "_opened", frozenset(opened))
+
+    def _check_numbers(self) -> None:
+        check_rank("rank", self.rank)
+        check_int("seed", self.seed, minimum=0, remedy="use any integer from 0 on")
+        check_int("min_rank", self.min_rank, minimum=1, remedy="1 is the least")
+        if isinstance(self.rank, int) and self.min_rank > self.rank:
+            raise ValueError(f"min_rank={self.min_rank} is above rank={self.rank}, the upper bound; lower it.")
+        check_share("rank_energy", self.rank_energy, remedy="0.9 holds nine tenths of the gradient's energy")
+        check_share("tracking_rho", self.tracking_rho, below_one=True, remedy="0.9 follows the first moment mostly")
+        check_positive("scale", self.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
+        check_positive("dense_lr_factor", self.dense_lr_factor, remedy="1.0 leaves the learning rate as it is")
+        if self.clip_weight_norm is not None:
+            check_positive("clip_weight_norm", self.clip_weight_norm, remedy="None clips nothing")
+        if self.state_budget is not None:
+            check_int("state_budget", self.state_budget, minimum=1, remedy="give bytes, or None for no cap")
+            if self.rank_rule == "fixed":
+                raise ValueError(
+                    f"state_budget={self.state_budget} caps an adaptive rank, and rank_rule='fixed' has none; choose "
+                    "rank_rule='energy' or 'noise_edge'."
+                )
+
+    def _check_schedule(self) -> None:
+        check_int(
+            "update_proj_gap", self.update_proj_gap, minimum=1, remedy="the paper uses 200, or 500 for fine-tuning"
+        )
+        check_int("refresh_warmup", self.refresh_warmup, minimum=0, remedy="0 is no warm-up")
+        check_positive("refresh_share", self.refresh_share, remedy="0.5 adds half of a step")
+        for name in ("min_gap", "max_gap"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), minimum=1, remedy="None follows update_proj_gap")
+        low, high = self.gap_bounds(self.gap)
+        if not low <= self.gap <= high:
+            raise ValueError(
+                f"update_proj_gap={self.gap} must lie between min_gap={low} and max_gap={high}; move the bounds."
+            )
+        for name in ("grow_above", "shrink_below", "refresh_below"):
+            check_share(name, getattr(self, name), remedy="it is a share of what a fresh basis is worth")
+        if self.shrink_below >= self.grow_above:
+            raise ValueError(
+                f"shrink_below={self.shrink_below} must be less than grow_above={self.grow_above}; lower it."
+            )
+        if self.subspace == "gaussian" and self.schedule in ("adaptive", "cos", "energy"):
+            raise ValueError(
+                f"schedule={self.schedule!r} compares bases, and those of subspace='gaussian' are drawn at random and "
+                "not orthonormal; use schedule='fixed' or another subspace."
+            )
+
+    @property
+    def gap(self) -> int:
+        """``update_proj_gap``, which is a number once the configuration is made."""
+        assert self.update_proj_gap is not None
+        return self.update_proj_gap
+
+    @property
+    def adaptive_rank(self) -> bool:
+        """Whether ``rank`` is only the upper bound of each weight's rank."""
+        return self.rank_rule != "fixed"
+
+    def gap_bounds(self, gap: int) -> tuple[int, int]:
+        """Least and largest gap of a weight whose ``update_proj_gap`` is ``gap``."""
+        low = max(1, gap // 4) if self.min_gap is None else self.min_gap
+        return low, 8 * gap if self.max_gap is None else self.max_gap
+
+    def rank_of(self, module: str, shape: tuple[int, int], *, named: int | float | None = None) -> int:
+        """Width of the basis of a weight; under an adaptive rank its upper bound.
+
+        Args:
+            module: Name of the weight's module.
+            shape: ``(m, n)`` of the weight.
+            named: The ``rank`` of its param group, which wins.
+        """
+        by_name = (rank for pattern, rank in self._patterns() if pattern in module or re.fullmatch(pattern, module))
+        rank = next(by_name, self.rank) if named is None else named
+        return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
+
+    def _patterns(self) -> tuple[tuple[str, int | float], ...]:
+        return self.rank_pattern  # type: ignore[return-value]  # written as pairs once the configuration is made
+
+    @classmethod
+    def from_galore_torch(cls, group: Mapping[str, Any], **overrides: Any) -> GaLoreConfig:
+        """Map a param group of ``galore_torch`` (keys ``rank``, ``update_proj_gap``, ``scale``, ``proj_type``).
+
+        Missing keys get galore-torch's own defaults (gap 200, scale 1.0, ``std``), and the subspace is its exact SVD
+        with unfixed signs. Other keys of the group (``params``, ``lr``, ...) are the optimizer's and are left alone.
+
+        Args:
+            group: The param group as it was given to ``galore_torch.GaLoreAdamW``.
+            **overrides: Any argument of this class; wins over the group.
+
+        Raises:
+            ValueError: If the group has no ``rank`` (galore-torch would not project it), or asks for ``dim > 2``.
+
+        Example:
+            >>> GaLoreConfig.from_galore_torch({"params": [], "rank": 4, "scale": 4.0}).update_proj_gap
+            200
+        """
+        if group.get("rank") is None and "rank" not in overrides:
+            raise ValueError(f"group={sorted(group)} has no 'rank', so galore-torch trains it full-rank; add rank=...")
+        if group.get("dim", 2) != 2:
+            raise ValueError(
+                f"group['dim']={group['dim']!r}: only matrices (dim=2) can be mapped; leave this group full-rank."
+            )
+        legacy = {"method": "galore", "update_proj_gap": 200, "scale": 1.0, "proj_type": "std", "fix_signs": False}
+        named = {key: group[key] for key in GROUP_KEYS if group.get(key) is not None}
+        return cls(**{**legacy, **named, **overrides})
+
+    def for_group(self, group: Mapping[str, Any]) -> GaLoreConfig:
+        """This configuration with the keys of one param group applied (those in ``GROUP_KEYS``).
+
+        Args:
+            group: A param group of the wrapped optimizer.
+
+        Raises:
+            ValueError: If a key's value is out of range.
+        """
+        named = {key: group[key] for key in GROUP_KEYS if group.get(key) is not None}
+        return dataclasses.replace(self, **named) if named else self
+
+    def with_settings(self, **settings: Any) -> GaLoreConfig:
+        """This configuration with some arguments changed; a ``method`` among them fills the axes that were left open.
+
+        Args:
+            **settings: Any argument of this class.
+
+        Example:
+            >>> GaLoreConfig(rank=8).with_settings(method="galore").subspace
+            'svd'
+        """
+        opened = {axis: None if axis in _NONE_IS_OPEN else "auto" for axis in self._opened}
+        return dataclasses.replace(self, **{**opened, **settings})
+
+
+_NONE_IS_OPEN = ("update_proj_gap", "stagger")
+_CHOICES: dict[str, Any] = {
+    "proj_type": ProjType,
+    "mode": Mode,
+    "subspace": SubspaceName,
+    "schedule": ScheduleName,
+    "moments": MomentsName,
+    "rank_rule": RankRuleName,
+    "lift": LiftName,
+    "basis_storage": BasisStorage,
+}

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of the wrapped optimizer's state when a weight's basis changes: its moments refer to the old one.
+
+Shapes: a low-rank tensor ``low`` is ``(r, n)``, ``(m, r)`` or ``(r, r)``; primes mark what holds after the refresh.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_galore import base_rules, base_state
+from lightning_galore.base_rules import StateKind, StateRule
+from lightning_galore.subspace import Side
+
+State: TypeAlias = Mapping[str, Any]
+# A first moment before and after, scaled so that its square is comparable with the second moment beside it.
+_Mean: TypeAlias = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """How coordinates change at a refresh: ``low' = left @ low @ right^T``.
+
+    Args:
+        left: ``P_new^T P_old`` ``(r', r)``, in fp32 at least; None where the left side is not projected.
+        right: ``Q_new^T Q_old`` ``(r', r)``; None where the right side is not projected.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+    @classmethod
+    def between(cls, old: tuple[Tensor, ...], new: tuple[Tensor, ...], side: Side) -> Change:
+        """The change from orthonormal bases to others, whose rank may be another one.
+
+        Args:
+            old: Bases before, of ``Projection.basis_shapes``.
+            new: Bases after.
+            side: Which sides they project.
+        """
+        dtype = torch.promote_types(torch.promote_types(new[0].dtype, old[0].dtype), torch.float32)
+        changes = [after.to(dtype).mT @ before.to(dtype) for after, before in zip(new, old, strict=True)]
+        return cls(left=None if side == "right" else changes[0], right=None if side == "left" else changes[-1])
+
+    @property
+    def _sides(self) -> list[tuple[int, Tensor]]:
+        return [(axis, matrix) for axis, matrix in ((-2, self.left), (-1, self.right)) if matrix is not None]
+
+    @property
+    def changes_rank(self) -> bool:
+        """Whether there are more or fewer coordinates than before."""
+        return any(matrix.shape[0] != matrix.shape[1] for _, matrix in self._sides)
+
+    def fits(self, value: Tensor) -> bool:
+        """Whether ``value`` has the shape of something in the old coordinates."""
+        if value.ndim < 2:
+            return value.numel() > 1 and any(value.numel() == matrix.shape[1] for _, matrix in self._sides)
+        return all(value.shape[axis] == matrix.shape[1] for axis, matrix in self._sides)
+
+    def rotate(self, low: Tensor) -> Tensor:
+        """New coordinates of what is linear in the gradient, in the widest dtype of all."""
+        for axis, matrix in self._sides:
+            low = _along(axis, matrix, low)
+        return low
+
+    def rotate_squares(self, low: Tensor) -> Tensor:
+        """Expected squares in the new coordinates, given those in the old ones and no correlation between them."""
+        for axis, matrix in self._sides:
+            low = _along(axis, matrix.square(), low)
+        return low
+
+    def average(self, low: Tensor) -> Tensor:
+        """Averages of the old coordinates, each by its share in the new one; the mean of all stands for the rest."""
+        for axis, matrix in self._sides:
+            shares = matrix.square()
+            shares = torch.cat([shares, (1 - shares.sum(1, keepdim=True)).clamp(min=0)], dim=1)
+            shares /= shares.sum(1, keepdim=True)  # a stored basis is not quite orthonormal
+            low = _along(axis, shares, torch.cat([low, low.mean(axis, keepdim=True)], dim=axis))
+        return low
+
+    def resize(self, low: Tensor, *, fill: float | Literal["mean"]) -> Tensor:
+        """The leading coordinates, as many as the new rank has; ``low`` itself if it has as many as before.
+
+        Args:
+            low: In the old coordinates.
+            fill: What further coordinates begin with; ``mean`` is that over the old ones, by row or column.
+        """
+        for axis, matrix in self._sides:
+            if matrix.shape[0] != matrix.shape[1]:
+                head = low.narrow(axis, 0, min(matrix.shape))
+                one = head.mean(axis, keepdim=True)
+                one = one if fill == "mean" else torch.full_like(one, fill)
+                low = torch.cat([head, *[one] * (matrix.shape[0] - head.shape[axis])], dim=axis)
+        return low
+
+
+def _along(axis: int, matrix: Tensor, low: Tensor) -> Tensor:
+    dtype = torch.promote_types(low.dtype, matrix.dtype)
+    low, matrix = low.to(dtype), matrix.to(dtype)
+    return matrix @ low if axis == -2 else low @ matrix.mT
+
+
+class Moments(ABC):
+    """A way to carry the wrapped optimizer's state over a refresh. Holds nothing."""
+
+    @abstractmethod
+    def carry(self, base: Optimizer, state: State, group: State, change: Change) -> State:
+        """The state that stands for ``state`` in the new coordinates.
+
+        Args:
+            base: The wrapped optimizer.
+            state: What it keeps for one weight, without our keys. Left as it is, but for paged buffers: see
+                :func:`~lightning_galore.base_state.write`.
+            group: The weight's param group, whose betas hold.
+            change: From the old coordinates to the new ones.
+
+        Returns:
+            The whole new state, which shares what does not change: ``state`` itself if nothing does. Empty if ``base``
+            shall begin anew, because an optimizer takes an empty state for the sign of a first step.
+
+        Raises:
+            ValueError: If the rank changes and the state holds something of which is not known what it is.
+        """
+
+
+class Keep(Moments):
+    """Moments stay as they are, as in the paper (arXiv 2403.03507); when the rank changes they are cut or extended.
+
+    A further coordinate begins with a first moment of 0 and the mean of its row's or column's second moments. With 0 in
+    both, Adam's first step there would be ``(1 - beta1) / sqrt(1 - beta2)``, about 3, times too large.
+    """
+
+    #: Kinds that move although the rank stays.
+    moves: ClassVar[frozenset[StateKind]] = frozenset()
+
+    @override
+    def carry(self, base: Optimizer, state: State, group: State, change: Change) -> State:
+        if not state or not (self.moves or change.changes_rank):
+            return state
+        rules = {k: r for k, r in _known(base, state, change) if change.changes_rank or r.kind in self.moves}
+        new: dict[str, Tensor] = {}
+        for key in sorted(rules, key=lambda key: _ORDER.get(rules[key].kind, 1)):
+            rule = rules[key]
+            if rule.kind == "rows":
+                new |= self._factored(state, key, rule.beside, change)
+                continue
+            mean = _mean(base, state, group, new, rule)
+            new[key] = self._moved(base_state.read(state, key), rule.kind, change, mean)
+            if rule.kind == "maximum" and rule.beside in new:
+                new[key] = torch.maximum(new[key], new[rule.beside])
+        carried = dict(state)
+        for key, value in new.items():
+            carried |= base_state.write(base, state, key, value)
+        return carried
+
+    def _moved(self, low: Tensor, kind: StateKind, change: Change, mean: _Mean | None = None) -> Tensor:
+        """One entry in the new coordinates."""
+        return change.resize(low, fill=0.0 if kind == "first" else "mean")
+
+    @final
+    def _factored(self, state: State, key: str, beside: str, change: Change) -> dict[str, Tensor]:
+        """Adafactor's averages over rows and columns: the matrix that they stand for is moved and averaged again."""
+        rows, columns = base_state.read(state, key), base_state.read(state, beside)
+        mean = rows.mean().clamp(min=torch.finfo(rows.dtype).tiny)
+        second = self._moved((rows / mean).reshape(-1, 1) @ columns.reshape(1, -1), "second", change)
+        matrix = rows.ndim > 1  # torch's; those of Transformers are vectors
+        return {key: second.mean(-1, keepdim=matrix), beside: second.mean(-2, keepdim=matrix)}
+
+
+class RotateFirst(Keep):
+    """First moments get their new coordinates, exactly where the basis spans the same; second ones stay.
+
+    Where an optimizer subtracts the square of the mean from a second moment (centered RMSprop), the difference stays.
+    """
+
+    moves: ClassVar[frozenset[StateKind]] = frozenset({"first", "centered"})
+
+    @override
+    def _moved(self, low: Tensor, kind: StateKind, change: Change, mean: _Mean | None = None) -> Tensor:
+        if kind == "first":
+            return change.rotate(low)
+        if kind == "centered":
+            return _about_mean(low, mean, lambda spread: change.resize(spread.clamp(min=0), fill="mean"))
+        return super()._moved(low, kind, change, mean)
+
+
+class Rotate(RotateFirst):
+    """First and second moments get their new coordinates, the second by the statistical rule of LDAdam.
+
+    arXiv 2410.16103: ``v' / bc2 = |(C o C)(v / bc2 - m^2 / bc1^2) + m'^2 / bc1^2|``, ``bc`` the corrections of the bias
+    and ``C`` the change: gradients of different coordinates are taken for uncorrelated but for their means.
+    """
+
+    moves: ClassVar[frozenset[StateKind]] = RotateFirst.moves | {"second", "magnitude", "maximum", "step_size", "rows"}
+
+    @override
+    def _moved(self, low: Tensor, kind: StateKind, change: Change, mean: _Mean | None = None) -> Tensor:
+        if kind == "first":
+            return change.rotate(low)
+        if kind == "step_size":
+            return change.average(low)
+        return _about_mean(low, mean, change.rotate_squares, root=kind == "magnitude")
+
+
+class Reset(Moments):
+    """Moments and step counts begin anew, and with them the correction of the bias."""
+
+    @override
+    def carry(self, base: Optimizer, state: State, group: State, change: Change) -> State:
+        if "sum" in state and "initial_accumulator_value" in group:  # Adagrad of older torch begins in its constructor
+            total = torch.full_like(change.resize(state["sum"], fill=0.0), group["initial_accumulator_value"])
+            return {**state, "step": torch.zeros_like(state["step"]), "sum": total}
+        if change.changes_rank or not any(map(base_state.is_paged, state.values())):
+            return {}
+        zeroed = {**state, "step": 0}  # paged memory is never freed, so what there is must serve again
+        for key in {"state1", "state2"} & state.keys():
+            zeroed |= base_state.write(base, state, key, torch.zeros_like(base_state.read(state, key)))
+        return zeroed
+
+
+MOMENTS: dict[str, type[Moments]] = {"keep": Keep, "rotate": Rotate, "rotate_first": RotateFirst, "reset": Reset}
+# First moments come first, for the others refer to them; the maximum of second ones last.
+_ORDER = {"first": 0, "maximum": 2}
+
+
+def first_moment(base: Optimizer, state: State, group: State) -> Tensor | None:
+    """Average of the last gradients in low-rank coordinates, bias-corrected; None if ``base`` keeps none (yet)."""
+    for key, value in state.items():
+        rule = base_rules.state_rule(base, key)
+        if rule and rule.kind == "first" and rule.decay and isinstance(value, Tensor):
+            total = base_state.weight_sum(state, group, decay=rule.decay, sums=rule.sums)
+            return _plain(base_state.read(state, key)) / total
+    return None
+
+
+def _known(base: Optimizer, state: State, change: Change) -> Iterator[tuple[str, StateRule]]:
+    """The entries that refer to coordinates. What looks like another one is warned of, or refused."""
+    for key, value in state.items():
+        rule = base_rules.state_rule(base, key)
+        if not isinstance(value, Tensor) or (rule and rule.kind in ("columns", "other")):
+            continue
+        if rule and (rule.kind == "rows" or change.fits(value)):
+            plain = rule.kind == "centered" and rule.beside not in state
+            yield key, replace(rule, kind="second") if plain else rule
+        elif not rule and change.fits(value):
+            if change.changes_rank:
+                raise ValueError(
+                    f"{type(base).__name__} keeps {key!r} of shape {tuple(value.shape)}: what becomes of it at another "
+                    "rank is not known. Set moments='reset', or rank_rule='fixed'."
+                )
+            _warn_of_unknown(type(base).__name__, key)
+
+
+@cache
+def _warn_of_unknown(name: str, key: str) -> None:
+    warnings.warn(
+        f"{name} keeps {key!r} in low-rank coordinates, and what it is is not known: it stays when they change. "
+        "Set moments='reset' if that is wrong.",
+        stacklevel=2,
+    )
+
+
+def _mean(base: Optimizer, state: State, group: State, new: Mapping[str, Tensor], rule: StateRule) -> _Mean | None:
+    """The first moment that the second one of ``rule`` is taken about, if any, times ``sqrt(bc2) / bc1``."""
+    beside = base_rules.state_rule(base, rule.beside)
+    if rule.beside not in new or beside is None or beside.kind != "first":
+        return None
+    corrections = [base_state.weight_sum(state, group, decay=decay) for decay in (rule.decay, beside.decay)]
+    factor = math.sqrt(corrections[0]) / corrections[1]
+    return _plain(base_state.read(state, rule.beside)) * factor, _plain(new[rule.beside]) * factor
+
+
+def _about_mean(low: Tensor, mean: _Mean | None, move: Callable[[Tensor], Tensor], *, root: bool = False) -> Tensor:
+    """``|move(low - mean^2) + mean'^2|`` in units of the largest entry, so that no square leaves the range of fp32."""
+    old, new = mean or (low.new_zeros(()), low.new_zeros(()))
+    unit = low.amax() if root else low.amax().sqrt()
+    unit = torch.maximum(unit, torch.maximum(old.abs().amax(), new.abs().amax()))
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    low = (low / unit).square() if root else low / unit / unit  # root: low is that of a second moment
+    moved = (move(low - (old / unit).square()) + (new / unit).square()).abs()
+    return moved.sqrt() * unit if root else moved * unit * unit
+
+
+def _plain(first: Tensor) -> Tensor:
+    """The one first moment, or the fast one where AdEMAMix keeps two in one tensor."""
+    return first[0] if first.ndim > 2 else first

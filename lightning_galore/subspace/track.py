@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A basis that tracks the gradient through the optimizer's first moment, a little at each refresh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self, override
+
+from lightning_galore import linalg
+from lightning_galore.config import GaLoreConfig
+from lightning_galore.subspace.base import Found, Known, Projection, Subspace
+from lightning_galore.subspace.power import continued
+from lightning_galore.subspace.randomized import Randomized
+
+
+class Track(Subspace):
+    """One power iteration from the last basis on ``B = rho M + (1 - rho) G``, with ``M`` the lifted first moment.
+
+    What LDAdam (arXiv 2410.16103) does at each step; ``B`` of full size is never formed, only its products. It is meant
+    to be refreshed often, down to each step: two products with the gradient and one QR. Without a last basis, or when
+    ``B`` does not touch it, this is ``randomized`` on ``G``. The spectrum estimates that of ``B``, not of ``G``.
+
+    Args:
+        rho: Weight of the first moment, in ``[0, 1)``; 0 where the wrapped optimizer keeps none.
+    """
+
+    continuous: ClassVar[bool] = True
+    uses_momentum: ClassVar[bool] = True
+
+    def __init__(self, rho: float = 0.9) -> None:
+        self.rho = rho
+
+    @classmethod
+    @override
+    def build(cls, config: GaLoreConfig) -> Self:
+        return cls(config.tracking_rho)
+
+    @override
+    def _find(
+        self, grad: Tensor, projection: Projection, *, generator: torch.Generator, known: Known | None
+    ) -> Found | None:
+        tracked = None if known is None else self._follow(grad, projection, generator=generator, known=known)
+        return tracked or Randomized()._find(grad, projection, generator=generator, known=None)
+
+    def _follow(
+        self, grad: Tensor, projection: Projection, *, generator: torch.Generator, known: Known
+    ) -> Found | None:
+        blend = _Blend.of(grad, projection, known, self.rho)
+        oriented = {"left": (blend,), "right": (blend.transposed,), "full": (blend, blend.transposed)}[projection.side]
+        found = []
+        for matrix, old in zip(oriented, known.bases, strict=True):
+            start = continued(old, projection.rank, like=grad, generator=generator)
+            basis = linalg.power_iteration(matrix.times, matrix.transposed.times, start, careful=False)
+            if basis is None:
+                return None
+            found.append(basis)
+        return Found(bases=tuple(basis for basis, _ in found), spectrum=found[0][1])
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """``B = rho left right^T + (1 - rho) grad``, known by its products: no buffer of full size.
+
+    Args:
+        grad: ``(m, n)``.
+        left: ``(m, s)``, with ``right`` the lifted first moment.
+        right: ``(n, s)``.
+        rho: Weight of the first moment.
+    """
+
+    grad: Tensor
+    left: Tensor
+    right: Tensor
+    rho: float
+
+    @classmethod
+    def of(cls, grad: Tensor, projection: Projection, known: Known, rho: float) -> _Blend:
+        """The blend of ``grad`` with ``known.momentum``, which is of the low-rank shape that ``known.bases`` give."""
+        first, last = known.bases[0].to(grad.dtype), known.bases[-1].to(grad.dtype)
+        if known.momentum is None:
+            return cls(grad, grad[:, :0], grad[:0].mT, 0.0)
+        low = known.momentum.to(grad.dtype)
+        if projection.side == "left":
+            return cls(grad, first, low.mT, rho)
+        return cls(grad, first @ low if projection.side == "full" else low, last, rho)
+
+    @property
+    def transposed(self) -> _Blend:
+        """``B^T``."""
+        return _Blend(self.grad.mT, self.right, self.left, self.rho)
+
+    def times(
+        self,
+        block: Tensor,  # (n, k)
+    ) -> Tensor:
+        """``B block``, ``(m, k)``."""
+        fresh = linalg.product(self.grad, block)
+        return torch.addmm(fresh, self.left, self.right.mT @ block, beta=1 - self.rho, alpha=self.rho)
