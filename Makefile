@@ -4,6 +4,8 @@ VENV ?= .venv
 DATA := data
 # Two workers fit two cores; `make test WORKERS=8` on a larger machine, WORKERS=0 to debug in one process.
 WORKERS ?= 2
+# Options of the benchmarks, such as BENCH=--quick or BENCH="--device cuda"; benchmarks/README.md lists them.
+BENCH ?=
 # The oldest torch we support. Where only another one can be had: `make test-oldest OLDEST_TORCH=2.13.0`.
 OLDEST_TORCH ?= 2.8.0
 
@@ -17,13 +19,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest lint format clean
+.PHONY: help demo bench test test-slow test-oldest lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) $(DEMO_STAMP) $(VADER) ## fine-tune a small encoder on a real sentiment task, with and without GaLore
 	$(BIN)/python -m lightning_galore.tasks.demo --config recipes/demo.yaml
+
+bench: $(STAMP) ## time refreshes and optimizer steps beside galore-torch and torch (ten minutes on an idle CPU)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 test: $(STAMP) ## the fast suite (minutes, CPU, no download but the environment)
 	$(PYTEST) -m "not slow and not network and not oldest"

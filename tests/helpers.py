@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 VOCABULARY = 24
+#: GaLore as published: every weight refreshes at 0, gap, 2 gap, ..., and moments stay as they are.
+PLAIN: dict[str, Any] = {"stagger": False, "moments": "keep"}
 
 
 def assert_orthonormal(basis: Tensor, *, atol: float | None = None) -> None:

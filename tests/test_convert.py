@@ -92,7 +92,7 @@ def test_training_goes_on_as_with_galore_torch(proj_type: str, steps: int, tmp_p
     model = Weights(tuple(shapes))
     model.load_state_dict(checkpoint["state_dict"])
     base = torch.optim.AdamW(groups_of(model, proj_type=proj_type), lr=0.02, eps=1e-30, weight_decay=0.0)
-    optimizer = GaLoreOptimizer(base, model, subspace="svd", fix_signs=False)
+    optimizer = GaLoreOptimizer(base, model, method="galore", fix_signs=False)
     optimizer.load_state_dict(checkpoint["optimizer"])
     train(reference, reference_optimizer, 3 * GAP)
     train(model, optimizer, 3 * GAP)

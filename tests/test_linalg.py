@@ -13,11 +13,18 @@ from tests.helpers import assert_orthonormal, assert_same_subspace, decaying_mat
 SHAPES = [(96, 80), (80, 96), (80, 80)]
 
 
-def randomized(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def iterated(matrix: Tensor, rank: int, *, passes: int = 5, seed: int = 0) -> linalg.SVDFactors:
     generator = torch.Generator().manual_seed(seed)
-    pair = linalg.randomized_pair(matrix, rank, oversampling=8, power_iterations=2, generator=generator)
-    assert pair is not None
-    return pair
+    width = min(rank + 8, *matrix.shape)
+    start = linalg.gaussian(matrix.shape[passes % 2], width, like=matrix, generator=generator)
+    factors = linalg.subspace_iteration(matrix, start, rank=rank, passes=passes)
+    assert factors is not None
+    return factors
+
+
+def iterated_pair(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    factors = iterated(matrix, rank)
+    return factors.left, factors.right
 
 
 def fail_for(monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype) -> list[torch.dtype]:
@@ -45,43 +52,60 @@ def fail_for(monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype) -> list[torc
 )
 def test_decompositions_run_in_at_least_fp32(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert linalg.decomposition_dtype(dtype) == expected
-    pair = linalg.svd_pair(decaying_matrix(6, 5, dtype=dtype), 2)
-    assert pair is not None
-    assert {basis.dtype for basis in pair} == {expected}
+    for decompose in (linalg.svd_factors, linalg.gram_factors):
+        parts = decompose(decaying_matrix(5, 6, dtype=dtype), 2)
+        assert parts is not None
+        assert {part.dtype for part in parts} == {expected}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 4, 80])
-def test_svd_pair_reproduces_the_matrix(shape: tuple[int, int], rank: int) -> None:
+def test_svd_factors_reproduce_the_matrix(shape: tuple[int, int], rank: int) -> None:
     matrix = decaying_matrix(*shape, dtype=torch.float64)
-    pair = linalg.svd_pair(matrix, rank)
-    assert pair is not None
-    left, right = pair
+    factors = linalg.svd_factors(matrix, rank)
+    assert factors is not None
+    left, spectrum, right = factors
     assert (left.shape, right.shape) == ((shape[0], rank), (shape[1], rank))
     assert_orthonormal(left)
     assert_orthonormal(right)
-    values = torch.linalg.svdvals(matrix)[:rank]
-    torch.testing.assert_close(left.mT @ matrix @ right, torch.diag(values), rtol=0, atol=1e-12)
+    values = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(spectrum, values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(left.mT @ matrix @ right, torch.diag(values[:rank]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(80, 96), (80, 80), (1, 5)])
+def test_gram_factors_are_those_of_the_svd(shape: tuple[int, int]) -> None:
+    matrix = decaying_matrix(*shape, dtype=torch.float64)
+    rank = min(7, *shape)
+    exact, factors = linalg.svd_factors(matrix, rank), linalg.gram_factors(matrix, rank)
+    assert exact is not None
+    assert factors is not None
+    torch.testing.assert_close(linalg.fix_signs(factors[0]), linalg.fix_signs(exact.left), rtol=0, atol=1e-12)
+    torch.testing.assert_close(factors[1], exact.values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("magnitude", [1e-200, 1e200])
+def test_gram_factors_give_none_when_squares_leave_the_range(magnitude: float) -> None:
+    assert linalg.gram_factors(decaying_matrix(5, 6, dtype=torch.float64) * magnitude, 2) is None
 
 
 def test_failed_svd_is_tried_once_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = decaying_matrix(12, 8)
-    exact = linalg.svd_pair(matrix, 3)
+    exact = linalg.svd_factors(matrix, 3)
     calls = fail_for(monkeypatch, torch.float32)
-    pair = linalg.svd_pair(matrix, 3)
+    factors = linalg.svd_factors(matrix, 3)
     assert calls == [torch.float32, torch.float64]
     assert exact is not None
-    assert pair is not None
-    assert_same_subspace(pair[0], exact[0])
+    assert factors is not None
+    assert {part.dtype for part in factors} == {torch.float32}
+    assert_same_subspace(factors.left, exact.left)
 
 
 def test_svd_that_fails_twice_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fail_for(monkeypatch, torch.float32, torch.float64)
-    assert linalg.svd_pair(torch.randn(6, 4), 2) is None
+    assert linalg.svd_factors(torch.randn(6, 4), 2) is None
     assert calls == [torch.float32, torch.float64]
-    generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"oversampling": 8, "power_iterations": 1, "generator": generator}
-    assert linalg.randomized_pair(torch.randn(6, 4), 2, **options) is None
+    assert linalg.subspace_iteration(torch.randn(6, 4), torch.randn(6, 3), rank=2, passes=2) is None
 
 
 def test_svd_that_returns_nan_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,41 +115,99 @@ def test_svd_that_returns_nan_gives_none(monkeypatch: pytest.MonkeyPatch) -> Non
         return nan, nan[0], nan.mT
 
     monkeypatch.setattr(torch.linalg, "svd", svd)
-    assert linalg.svd_pair(torch.randn(4, 4), 2) is None
+    assert linalg.svd_factors(torch.randn(4, 4), 2) is None
 
 
 @pytest.mark.parametrize("shape", [(160, 96), (96, 160), (96, 96)])
 @pytest.mark.parametrize("rank", [1, 4, 64, 96])
-def test_randomized_pair_keeps_nearly_the_best_energy(shape: tuple[int, int], rank: int) -> None:
+def test_subspace_iteration_keeps_nearly_the_best_energy(shape: tuple[int, int], rank: int) -> None:
     matrix = decaying_matrix(*shape)
-    exact = linalg.svd_pair(matrix.double(), rank)
+    exact = linalg.svd_factors(matrix.double(), rank)
     assert exact is not None
-    left, right = randomized(matrix, rank)
-    for basis, best, oriented in ((left, exact[0], matrix), (right, exact[1], matrix.mT)):
+    left, right = iterated_pair(matrix, rank)
+    for basis, best, oriented in ((left, exact.left, matrix), (right, exact.right, matrix.mT)):
         assert_orthonormal(basis)
         share = linalg.captured_energy(oriented, basis) / linalg.captured_energy(oriented.double(), best)
         assert 0.99 <= float(share) <= 1 + 1e-5
 
 
-def test_randomized_pair_finds_an_exactly_low_rank_matrix() -> None:
+def test_subspace_iteration_finds_an_exactly_low_rank_matrix() -> None:
     matrix = decaying_matrix(40, 3) @ decaying_matrix(3, 30, seed=1)
-    left, right = randomized(matrix, 3)
+    left, right = iterated_pair(matrix, 3)
     torch.testing.assert_close(left @ (left.mT @ matrix @ right) @ right.mT, matrix, rtol=0, atol=1e-6)
 
 
-def test_randomized_pair_of_a_rank_deficient_matrix_is_orthonormal() -> None:
+def test_subspace_iteration_of_a_rank_deficient_matrix_is_orthonormal() -> None:
     matrix = torch.outer(torch.arange(1.0, 31.0), torch.arange(1.0, 21.0))
-    for basis in randomized(matrix, 8):
+    for basis in iterated_pair(matrix, 8):
         assert_orthonormal(basis)
 
 
 @pytest.mark.parametrize("magnitude", [1e-36, 1e-20, 1e30])
 def test_magnitude_of_a_gradient_does_not_matter(magnitude: float) -> None:
     matrix = decaying_matrix(30, 20)
-    expected, found = randomized(matrix, 4), randomized(matrix * magnitude, 4)
+    expected, found = iterated_pair(matrix, 4), iterated_pair(matrix * magnitude, 4)
     for one, other in zip(expected, found, strict=True):
         assert_orthonormal(other)
         assert_same_subspace(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4, 5])
+def test_subspace_iteration_gains_with_more_passes(passes: int) -> None:
+    """On a flat spectrum, the hard case; and the values are those of what was found, none above the true ones."""
+    matrix = torch.randn(80, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fewer, more = (iterated(matrix, 4, passes=count) for count in (passes, passes + 2))
+    assert float(fewer.values[:4].sum()) < float(more.values[:4].sum())
+    energies = [float(linalg.captured_energy(matrix, factors.left)) for factors in (fewer, more)]
+    assert energies[0] < energies[1]
+    assert float(linalg.captured_energy(matrix.mT, more.right)) < energies[1]
+    assert bool((more.values <= torch.linalg.svdvals(matrix)[: len(more.values)] + 1e-12).all())
+
+
+def test_subspace_iteration_keeps_directions_that_squares_would_lose() -> None:
+    """Singular values down to 1e-5 of the first, whose squares are below fp32's rounding error."""
+    left, right = (linalg.orthonormalize(decaying_matrix(n, n, dtype=torch.float64)) for n in (60, 80))
+    values = torch.cat([torch.logspace(0, -5, 6, dtype=torch.float64), torch.full((54,), 1e-9, dtype=torch.float64)])
+    matrix = ((left * values) @ right[:, :60].mT).float()
+    basis = iterated(matrix, 6, passes=4).left
+    assert float((left[:, :6].mT @ basis.double()).square().sum(1).min()) > 0.99
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_power_iteration_is_its_formula(careful: bool) -> None:
+    matrix = 50 * decaying_matrix(30, 20, dtype=torch.float64)
+    start = linalg.orthonormalize(torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    found = linalg.power_iteration(lambda x: matrix @ x, lambda x: matrix.mT @ x, start, careful=careful)
+    assert found is not None
+    expected = torch.linalg.qr(matrix @ (matrix.mT @ start)).Q
+    torch.testing.assert_close(linalg.fix_signs(found[0]), linalg.fix_signs(expected), rtol=0, atol=1e-10)
+    exact = linalg.svd_factors(matrix, 4)
+    assert exact is not None
+    again = linalg.power_iteration(lambda x: matrix @ x, lambda x: matrix.mT @ x, exact.left.flip(1), careful=careful)
+    assert again is not None
+    torch.testing.assert_close(again[1], exact.values[:4], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_power_iteration_of_nothing_gives_none(value: float) -> None:
+    matrix = torch.full((6, 5), value)
+    assert linalg.power_iteration(lambda x: matrix @ x, lambda x: matrix.mT @ x, torch.ones(6, 2), careful=True) is None
+
+
+def test_product_is_the_matrix_product() -> None:
+    matrix, block = decaying_matrix(9, 7), decaying_matrix(7, 3)
+    for factors in ((matrix, block), (matrix.mT.contiguous().mT, block.mT.contiguous().mT)):
+        torch.testing.assert_close(linalg.product(*factors), matrix @ block)
+
+
+def test_align_signs_follows_the_old_vectors() -> None:
+    old = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]])
+    basis = torch.tensor([[-0.9, 0.1, 0.0], [0.1, -0.9, 0.0], [0.0, 0.0, -1.0]])
+    expected = torch.tensor([[0.9, 0.1, 0.0], [-0.1, -0.9, 0.0], [0.0, 0.0, -1.0]])
+    assert torch.equal(linalg.align_signs(basis, old), expected)
+    assert torch.equal(linalg.align_signs(basis[:, :1], old.bfloat16()), expected[:, :1])
+    across = torch.tensor([[0.0], [0.0], [1.0]])
+    assert torch.equal(linalg.align_signs(across, old), across)
 
 
 def test_orthonormalize_keeps_the_span() -> None:
@@ -176,11 +258,11 @@ def test_overlap_of_bf16_bases_is_computed_in_fp32() -> None:
 def test_captured_energy_against_the_singular_values() -> None:
     matrix = decaying_matrix(30, 20, dtype=torch.float64)
     values = torch.linalg.svdvals(matrix).square()
-    pair = linalg.svd_pair(matrix, 5)
-    assert pair is not None
+    factors = linalg.svd_factors(matrix, 5)
+    assert factors is not None
     expected = float(values[:5].sum() / values.sum())
-    assert float(linalg.captured_energy(matrix, pair[0])) == pytest.approx(expected, abs=1e-12)
-    assert float(linalg.captured_energy(matrix.mT, pair[1])) == pytest.approx(expected, abs=1e-12)
+    assert float(linalg.captured_energy(matrix, factors.left)) == pytest.approx(expected, abs=1e-12)
+    assert float(linalg.captured_energy(matrix.mT, factors.right)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_identity_basis_is_the_first_unit_vectors() -> None:

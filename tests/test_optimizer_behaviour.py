@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_galore import GaLoreOptimizer
 from lightning_galore.state_keys import BASIS
-from tests.helpers import Matrices, TinyTransformer, language_loss, max_difference, same_bits, train
+from tests.helpers import PLAIN, Matrices, TinyTransformer, language_loss, max_difference, same_bits, train
 
 SETTINGS: dict[str, Any] = {"rank": 4, "update_proj_gap": 3}
 
@@ -100,19 +101,54 @@ def test_weight_without_a_gradient_is_skipped() -> None:
 @pytest.mark.parametrize("subspace", ["svd", "random_orthonormal"])
 @pytest.mark.parametrize("gap", [1, 3, 5])
 def test_basis_changes_exactly_at_multiples_of_the_gap(gap: int, subspace: str) -> None:
-    model, optimizer, _ = start(update_proj_gap=gap, subspace=subspace)
-    weight = model.matrices()[0]
-    changed, old = [], torch.zeros(1)
+    model, optimizer, _ = start(update_proj_gap=gap, subspace=subspace, **PLAIN)
+    changed = changes_of_bases(model, optimizer)
+    assert changed == [list(range(0, 12, gap))] * 6
+    check_counters(model, optimizer, changed)
+
+
+def changes_of_bases(model: TinyTransformer, optimizer: GaLoreOptimizer) -> list[list[int]]:
+    """Twelve steps of training: those in which the basis of each weight changed."""
+    weights = model.matrices()
+    changed: list[list[int]] = [[] for _ in weights]
+    old = [torch.zeros(1) for _ in weights]
     for step in range(12):
         train(model, optimizer, [step])
-        if old.shape != optimizer.state[weight][BASIS].shape or not torch.equal(old, optimizer.state[weight][BASIS]):
-            changed.append(step)
-        old = optimizer.state[weight][BASIS].clone()
-    assert changed == list(range(0, 12, gap))
-    state = optimizer.state[weight]
-    assert (state["galore_step"], state["galore_refreshes"], state["galore_failures"]) == (12, len(changed), 0)
-    assert state["galore_refreshed_at"] == changed[-1]
-    assert 0.0 <= state["galore_overlap"] <= 1.0 + 1e-6
+        new = [optimizer.state[weight][BASIS].clone() for weight in weights]
+        for steps, before, after in zip(changed, old, new, strict=True):
+            if before.shape != after.shape or not torch.equal(before, after):
+                steps.append(step)
+        old = new
+    return changed
+
+
+def check_counters(model: TinyTransformer, optimizer: GaLoreOptimizer, refreshed: list[list[int]]) -> None:
+    """What each weight's state says of its refreshes."""
+    for weight, steps in zip(model.matrices(), refreshed, strict=True):
+        state = optimizer.state[weight]
+        assert (state["galore_step"], state["galore_refreshes"], state["galore_failures"]) == (12, len(steps), 0)
+        assert state["galore_refreshed_at"] == steps[-1]
+        assert 0.0 <= state["galore_overlap"] <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("subspace", ["svd", "random_orthonormal"])
+def test_staggered_weights_take_turns(subspace: str) -> None:
+    """One weight at a time; before its first turn each has unit vectors, afterwards it refreshes once a gap."""
+    model, optimizer, _ = start(update_proj_gap=6, subspace=subspace)
+    train(model, optimizer, [0])
+    for weight in model.matrices()[1:]:
+        rows = optimizer.state[weight][BASIS].shape[0]
+        assert torch.equal(optimizer.state[weight][BASIS], torch.eye(rows, 4))
+        assert optimizer.state[weight]["galore_refreshed_at"] == -1
+
+    model, optimizer, _ = start(update_proj_gap=6, subspace=subspace)
+    first, *others = changes_of_bases(model, optimizer)
+    assert others[0][0] == others[-1][0] == 0  # the unit vectors
+    refreshed = [first, *(steps[1:] for steps in others)]
+    assert [steps[0] for steps in refreshed] == [0, 1, 2, 3, 4, 5]
+    assert all(0 < later - before <= 9 for steps in refreshed for before, later in itertools.pairwise(steps))
+    assert max(sum(step in steps for steps in refreshed) for step in range(12)) <= 2
+    check_counters(model, optimizer, refreshed)
 
 
 # -- hooks and failures ------------------------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 
 from lightning_galore import GaLoreOptimizer
-from tests.helpers import TinyTransformer, max_difference, train
+from tests.helpers import PLAIN, TinyTransformer, max_difference, train
 from tests.reference import galore_reference as reference
 
 STEPS = 60
 PROJ_TYPES = ["std", "reverse_std", "left", "right", "full"]
 GALORE: dict[str, Any] = {"rank": 4, "update_proj_gap": 10, "scale": 0.5}
-# With its bases from LAPACK and their signs as they come, as galore-torch has them.
-EXACT: dict[str, Any] = {"subspace": "svd", "fix_signs": False}
+# With its bases from LAPACK and their signs as they come, at the steps at which galore-torch finds them.
+EXACT: dict[str, Any] = {"subspace": "svd", "fix_signs": False, **PLAIN}
 LR = 2e-3
 
 
@@ -193,13 +193,14 @@ def test_momentum_equals_the_plain_reference(proj_type: Any, nesterov: bool) -> 
     assert difference_after_training(ours, optimizer, plain, other) <= 1e-12
 
 
-def test_full_rank_momentum_is_sgd_whatever_the_basis() -> None:
-    """SGD with momentum does not see a rotation (Adam does): at r = min(m, n) and one basis it is plain SGD."""
+@pytest.mark.parametrize("gap", [7, 1000])
+def test_full_rank_momentum_is_sgd_whatever_the_bases(gap: int) -> None:
+    """SGD with momentum does not see a rotation (Adam does): at r = min(m, n) it is plain SGD, also over refreshes."""
     ours, plain = models(torch.float64)
     groups = split_groups(ours)
     groups[1]["rank"] = 16
     base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    optimizer = GaLoreOptimizer(base, update_proj_gap=1000, scale=1.0)
+    optimizer = GaLoreOptimizer(base, update_proj_gap=gap, scale=1.0)
     other = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     assert difference_after_training(ours, optimizer, plain, other) <= 1e-12
 
@@ -225,5 +226,8 @@ def test_rounding_errors_do_not_grow_over_refreshes_when_signs_are_fixed() -> No
     one, other = models()
     with torch.no_grad():
         other.blocks[0].up.weight.add_(1e-7)  # type: ignore[operator,union-attr]
-    pair = [GaLoreOptimizer(torch.optim.AdamW(model.parameters(), lr=LR), model, **GALORE) for model in (one, other)]
+    pair = [
+        GaLoreOptimizer(torch.optim.AdamW(model.parameters(), lr=LR), model, **GALORE, **PLAIN)
+        for model in (one, other)
+    ]
     assert difference_after_training(one, pair[0], other, pair[1]) <= 1e-4

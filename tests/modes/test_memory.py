@@ -26,11 +26,16 @@ LOW = WIDTH * RANK * 4  # of its low-rank gradient, or of its basis
 
 
 class Watched(Tiny):
-    """Notes after every backward which parameters hold a gradient."""
+    """Notes after every backward which parameters hold a gradient, and before it which are due for a refresh."""
 
     def __init__(self, make: Make = adamw) -> None:
         super().__init__(make)
         self.alive: list[set[str]] = []
+        self.due: list[set[str]] = []
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        (optimizer,) = self.trainer.optimizers
+        self.due.append({name for name in PROJECTED if optimizer.is_due(self.get_parameter(name))})  # type: ignore[attr-defined]
 
     def on_after_backward(self) -> None:
         self.alive.append(set(full_gradients(self)))
@@ -69,11 +74,13 @@ def test_gradients_alive_inside_a_window(mode: str) -> None:
     rest = everything - set(PROJECTED)
     assert len(model.alive) == 8 * 6
     for i, alive in enumerate(model.alive):
-        window, micro_batch = divmod(i, 3)
-        if micro_batch == 2:
+        if i % 3 == 2:
             assert alive == (rest if mode == "project" else set())
         else:
-            assert alive == (everything if window % 4 == 0 else rest)
+            assert alive == rest | model.due[i]
+    # Gap 4 over 16 windows, and two weights that take turns.
+    assert {name: sum(name in due for due in model.due[::3]) for name in PROJECTED} == dict.fromkeys(PROJECTED, 4)
+    assert not any(due == set(PROJECTED) for due in model.due)
 
 
 def test_gradients_alive_in_manual_optimization() -> None:
@@ -82,8 +89,8 @@ def test_gradients_alive_in_manual_optimization() -> None:
     by_hand, _ = run("project", model=WatchedByHand, max_epochs=2)
     rest = {name for name, _ in by_hand.named_parameters()} - set(PROJECTED)
     # Nobody can know whether another backward follows, so a weight that is due waits for step().
-    due = {0, 4, 8}
-    assert by_hand.alive == [rest | set(PROJECTED) if i in due else rest for i in range(12)]
+    assert by_hand.alive == [rest | due for due in by_hand.due]
+    assert [i for i, due in enumerate(by_hand.due) if PROJECTED[0] in due] == [0, 4, 8]
 
 
 class Stack(LightningModule):
@@ -111,9 +118,9 @@ class Stack(LightningModule):
 
 
 def peaks(mode: str, *, gap: int, **settings: Any) -> Stack:
-    """One backward to begin with, in which the state is made, and five more."""
+    """One backward to begin with, in which the state is made and all weights refresh, and five more."""
     model = Stack()
-    strategy = galore(mode=mode, rank=RANK, update_proj_gap=gap, target_modules=".*")
+    strategy = galore(mode=mode, rank=RANK, update_proj_gap=gap, target_modules=".*", stagger=False)
     make_trainer(strategy, max_epochs=1, **settings).fit(model, loader())
     assert len(model.peaks) == 6
     return model
@@ -160,7 +167,7 @@ def test_plain_loop_peaks_at_one_gradient(mode: str, dtype: torch.dtype) -> None
     model = Stack(dtype)
     optimizer = GaLoreOptimizer(
         torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False),
-        model, mode=mode, rank=RANK, target_modules=".*", update_proj_gap=100,
+        model, mode=mode, rank=RANK, target_modules=".*", update_proj_gap=100, stagger=False,
     )  # fmt: skip
     one = ONE * dtype.itemsize // 4
     for step in range(3):

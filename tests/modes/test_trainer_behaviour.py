@@ -247,7 +247,7 @@ def test_grad_norm_under_accumulation_is_exact_where_everything_is_refreshed(mod
     for each in (mode, "step"):
         logger = DictLogger()
         monitor: dict[str, Any] = {"callbacks": lambda: [GradNormMonitor()], "logger": logger, "log_every_n_steps": 1}
-        run(each, accumulate_grad_batches=3, max_epochs=4, **monitor)
+        run(each, accumulate_grad_batches=3, max_epochs=4, settings={"stagger": False}, **monitor)
         found[each] = [values["galore/grad_norm"] for _, values in logger.metrics if "galore/grad_norm" in values]
     assert len(found[mode]) == 8
     for window, (ours, true) in enumerate(zip(found[mode], found["step"], strict=True)):

@@ -157,7 +157,8 @@ def test_a_checkpoint_holds_tensors_and_numbers_only(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / FIRST, weights_only=True)
     (state,) = saved["optimizer_states"]
     first = state["state"][0]
-    assert {type(value) for value in first.values()} == {Tensor, int, float}
+    assert {type(value) for value in first.values()} == {Tensor, int, float, tuple}
+    assert all(type(number) is float for number in first["galore_cosines"])
     assert first["galore_basis"].untyped_storage().nbytes() == 8 * RANK * 4
     # Hyper-parameters of the strategy are not smuggled into the groups.
     assert not any(key.startswith("galore") or key == "rank" for group in state["param_groups"] for key in group)

@@ -149,6 +149,9 @@ def test_the_keywords_are_those_of_the_configuration() -> None:
     fields = {field.name: field for field in dataclasses.fields(GaLoreConfig)}
     assert list(parameters) == ["self", *fields, "base", "kwargs"]
     ours, theirs = typing.get_type_hints(GaLoreStrategy.__init__), typing.get_type_hints(GaLoreConfig)
+    # A mapping in YAML is a dict, and a configuration keeps it as pairs.
+    assert (parameters["rank_pattern"].default, fields.pop("rank_pattern").default) == (None, ())
+    assert ours["rank_pattern"] == (dict[str, int | float] | None)
     for name, field in fields.items():
         assert parameters[name].default == field.default, name
         assert ours[name] == theirs[name], name
@@ -170,8 +173,23 @@ OTHERS: dict[str, Any] = {
     "target_modules": "body.*",
     "ignore_modules": ["head"],
     "method": "galore",
-    "subspace": "gaussian",
-    "schedule": "fixed",
+    "subspace": "columns",
+    "schedule": "energy",
+    "stagger": False,
+    "refresh_share": 0.25,
+    "refresh_warmup": 20,
+    "min_gap": 2,
+    "max_gap": 50,
+    "grow_above": 0.8,
+    "shrink_below": 0.5,
+    "refresh_below": 0.6,
+    "moments": "reset",
+    "rank_rule": "energy",
+    "rank_energy": 0.8,
+    "min_rank": 2,
+    "rank_pattern": {"body": 4, "head": 0.5},
+    "state_budget": 10_000,
+    "tracking_rho": 0.5,
     "lift": "project_back",
     "mode": "project",
     "basis_storage": "bf16",
@@ -183,7 +201,9 @@ OTHERS: dict[str, Any] = {
 
 
 def test_every_keyword_arrives_in_the_configuration() -> None:
-    assert OTHERS.keys() == {field.name for field in dataclasses.fields(GaLoreConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(GaLoreConfig)}
+    assert OTHERS.keys() == defaults.keys()
+    assert [name for name, value in OTHERS.items() if value == defaults[name]] == ["lift"]  # which has one choice only
     assert GaLoreStrategy(**OTHERS).config == GaLoreConfig(**OTHERS)
     assert GaLoreStrategy().config == GaLoreConfig()
     names = ["rank", "update_proj_gap", "scale", "proj_type"]
