@@ -108,6 +108,9 @@ def curve_panels(panels: Sequence[Curves], *, title: str, footer: Report, xlabel
         ax.axhline(panel.bound, color="black", linestyle="--", linewidth=0.8, label=f"bound: {panel.bound:g}")
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        highest = max(panel.bound, *(max(values) for values in panel.curves.values()))
+        ax.set_ylim(0.7, 4 * highest)  # room for the legend
         ax.set_ylabel(ylabel, fontsize=8)
         ax.set_xlabel(xlabel, fontsize=8)
         ax.set_title(panel.title, fontsize=10)

@@ -92,7 +92,7 @@ def _print_table(table: Table, console: Console) -> None:
     for index, title in enumerate(table.header):
         # Where the console is narrow, headers and names are broken over lines, but never a figure.
         widest = max((Text.from_markup(row[index]).cell_len for row in table.rows), default=0)
-        grid.add_column(title, justify="right" if index else "left", min_width=widest if index else None)
+        grid.add_column(title, justify="right" if index else "left", min_width=widest if index else min(widest, 36))
     for row in table.rows:
         grid.add_row(*row)
     console.print(grid)

@@ -243,4 +243,3 @@ class GradientHooks:
         for group, params in self._exposed or ():
             group["params"] = params
         self._exposed = None
-

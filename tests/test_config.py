@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_galore.config import METHODS, GaLoreConfig
+from lightning_galore.config import AUTO, GROUP_KEYS, METHODS, SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.subspace import SUBSPACES
 
 
@@ -15,6 +15,24 @@ from lightning_galore.subspace import SUBSPACES
     ("setting", "message"),
     [
         ({"rank": 0}, r"rank=0 must be at least 1; the paper uses a quarter of the hidden size, e\.g\. rank=128"),
+        ({"rank": 4.0}, r"rank=4\.0 must be an integer, or a fraction in \(0, 1\); .* rank=0\.25 is a quarter of the"),
+        ({"rank": 1.5}, r"rank=1\.5 must be an integer, or a fraction in \(0, 1\)"),
+        ({"rank": 1.0}, r"rank=1\.0 must be an integer, or a fraction in \(0, 1\)"),
+        ({"rank": 0.0}, r"rank=0\.0 must be an integer, or a fraction in \(0, 1\)"),
+        ({"rank": float("nan")}, r"rank=nan must be an integer, or a fraction in \(0, 1\)"),
+        ({"min_rank": 0}, r"min_rank=0 must be at least 1; 1 is the least"),
+        ({"rank": 4, "min_rank": 5}, r"min_rank=5 is above rank=4, the upper bound; lower it"),
+        ({"rank_rule": "all"}, r"rank_rule='all' is not known; choose one of 'fixed', 'energy', 'noise_edge'"),
+        ({"rank_energy": 0.0}, r"rank_energy=0\.0 must be in \(0, 1\]; 0\.9 holds nine tenths"),
+        ({"rank_energy": 1.1}, r"rank_energy=1\.1 must be in \(0, 1\]"),
+        ({"rank_pattern": {"mlp": 0}}, r"rank_pattern\['mlp'\]=0 must be at least 1"),
+        ({"rank_pattern": {"mlp": 1.5}}, r"rank_pattern\['mlp'\]=1\.5 must be an integer, or a fraction in \(0, 1\)"),
+        ({"rank_pattern": {"mlp(": 4}}, r"rank_pattern: 'mlp\(' is not a valid regular expression"),
+        ({"state_budget": 0, "rank_rule": "energy"}, r"state_budget=0 must be at least 1; give bytes, or None for no"),
+        (
+            {"state_budget": 10},
+            r"state_budget=10 caps an adaptive rank, and rank_rule='fixed' has none; choose rank_rule",
+        ),
         ({"update_proj_gap": 0}, r"update_proj_gap=0 must be at least 1; the paper uses 200, or 500 for fine-tuning"),
         ({"seed": -1}, r"seed=-1 must be at least 0; use any integer from 0 on"),
         ({"scale": 0.0}, r"scale=0\.0 must be positive and finite; the paper uses 0\.25"),
@@ -25,7 +43,37 @@ from lightning_galore.subspace import SUBSPACES
         ({"proj_type": "both"}, r"proj_type='both' is not known; choose one of 'std', 'reverse_std', .*'full'"),
         ({"method": "adam"}, r"method='adam' is not known; choose one of None, 'galore', 'galore2'"),
         ({"subspace": "qr"}, r"subspace='qr' is not known; choose one of 'auto', 'randomized', 'svd'"),
-        ({"schedule": "never"}, r"schedule='never' is not known; choose one of 'fixed'"),
+        (
+            {"schedule": "never"},
+            r"schedule='never' is not known; choose one of 'auto', 'fixed', 'adaptive', 'cos', 'en",
+        ),
+        (
+            {"moments": "drop"},
+            r"moments='drop' is not known; choose one of 'auto', 'keep', 'rotate', 'rotate_first', 'r",
+        ),
+        ({"mode": "backward"}, r"mode='backward' is not known; choose one of 'step', 'project', 'layerwise'"),
+        ({"refresh_warmup": -1}, r"refresh_warmup=-1 must be at least 0; 0 is no warm-up"),
+        ({"refresh_share": 0.0}, r"refresh_share=0\.0 must be positive and finite; 0\.5 adds half of a step"),
+        ({"min_gap": 0}, r"min_gap=0 must be at least 1; None follows update_proj_gap"),
+        ({"max_gap": 0}, r"max_gap=0 must be at least 1; None follows update_proj_gap"),
+        ({"min_gap": 201}, r"update_proj_gap=200 must lie between min_gap=201 and max_gap=1600; move the bounds"),
+        ({"max_gap": 199}, r"update_proj_gap=200 must lie between min_gap=50 and max_gap=199; move the bounds"),
+        ({"update_proj_gap": 8, "min_gap": 9}, r"update_proj_gap=8 must lie between min_gap=9 and max_gap=64"),
+        ({"grow_above": 1.5}, r"grow_above=1\.5 must be in \(0, 1\]; it is a share of what a fresh basis is worth"),
+        ({"shrink_below": 0.0}, r"shrink_below=0\.0 must be in \(0, 1\]"),
+        ({"refresh_below": -0.5}, r"refresh_below=-0\.5 must be in \(0, 1\]"),
+        ({"shrink_below": 0.9}, r"shrink_below=0\.9 must be less than grow_above=0\.9; lower it"),
+        ({"grow_above": 0.5}, r"shrink_below=0\.6 must be less than grow_above=0\.5"),
+        *(
+            (
+                {"subspace": "gaussian", "schedule": schedule},
+                rf"schedule='{schedule}' compares bases, and those of subspace='gaussian' are drawn at random and not o",
+            )
+            for schedule in ("adaptive", "cos", "energy")
+        ),
+        ({"tracking_rho": 1.0}, r"tracking_rho=1\.0 must be in \[0, 1\); 0\.9 follows the first moment mostly"),
+        ({"tracking_rho": -0.1}, r"tracking_rho=-0\.1 must be in \[0, 1\)"),
+        ({"clip_weight_norm": 0.0}, r"clip_weight_norm=0\.0 must be positive and finite; None clips nothing"),
         ({"lift": "fira"}, r"lift='fira' is not known; choose one of 'project_back'"),
         (
             {"basis_storage": "int3"},
@@ -43,10 +91,22 @@ def test_value_out_of_range_is_refused(setting: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"rank": 4.0}, r"rank=4\.0 must be an integer; the paper uses"),
         ({"rank": "4"}, r"rank='4' must be an integer"),
         ({"rank": True}, r"rank=True must be an integer"),
         ({"update_proj_gap": 2.5}, r"update_proj_gap=2\.5 must be an integer"),
+        ({"stagger": 1}, r"stagger=1 must be True or False"),
+        ({"refresh_share": "half"}, r"refresh_share='half' must be a number; 0\.5 adds half of a step"),
+        ({"refresh_warmup": 0.5}, r"refresh_warmup=0\.5 must be an integer"),
+        ({"min_gap": 0.5}, r"min_gap=0\.5 must be an integer"),
+        ({"grow_above": True}, r"grow_above=True must be a number"),
+        ({"min_rank": 0.5}, r"min_rank=0\.5 must be an integer"),
+        ({"state_budget": 1e6, "rank_rule": "energy"}, r"state_budget=1000000\.0 must be an integer; give bytes"),
+        ({"tracking_rho": None}, r"tracking_rho=None must be a number"),
+        ({"rank_pattern": 4}, r"rank_pattern=4 must map module names to ranks, e\.g\."),
+        ({"rank_pattern": ["mlp"]}, r"rank_pattern=\['mlp'\] must map module names to ranks, e\.g\."),
+        ({"rank_pattern": {3: 4}}, r"rank_pattern=\{3: 4\} must map module names to ranks, not 3"),
+        ({"rank_pattern": {"": 4}}, r"rank_pattern=\{'': 4\} must map module names to ranks, not ''"),
+        ({"rank_pattern": {"mlp": "4"}}, r"rank_pattern\['mlp'\]='4' must be an integer"),
         ({"seed": None}, r"seed=None must be an integer"),
         ({"scale": "1"}, r"scale='1' must be a number; the paper uses"),
         ({"scale": True}, r"scale=True must be a number"),
@@ -78,6 +138,10 @@ def test_holds_primitives_only() -> None:
     config = GaLoreConfig(target_modules=[torch.nn.Linear, "attn"], ignore_modules=torch.nn.Conv1d)
     assert config.target_modules == ("class:torch.nn.modules.linear:Linear", "attn")
     assert config.ignore_modules == ("class:torch.nn.modules.conv:Conv1d",)
+    patterns = GaLoreConfig(rank_pattern={"mlp": 4, "head": 0.5}).rank_pattern
+    assert (
+        patterns == GaLoreConfig(rank_pattern=[("mlp", 4), ("head", 0.5)]).rank_pattern == (("mlp", 4), ("head", 0.5))
+    )
     for value in dataclasses.asdict(config).values():
         items = value if isinstance(value, tuple) else (value,)
         assert all(item is None or isinstance(item, (bool, int, float, str)) for item in items)
@@ -90,11 +154,100 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert (config.basis_storage, config.fix_signs, config.dense_lr_factor) == ("param", True, 1.0)
 
 
+def test_defaults_beyond_the_paper() -> None:
+    """Refreshes take turns and first moments keep their direction; the published methods do neither."""
+    config = GaLoreConfig()
+    assert (config.stagger, config.moments, config.rank_rule) == (True, "rotate_first", "fixed")
+    assert {axis: getattr(config, axis) for axis in AUTO} == AUTO
+    for method in ("galore", "galore2"):
+        published = GaLoreConfig(method=method)  # type: ignore[arg-type]
+        assert (published.stagger, published.moments, published.update_proj_gap) == (False, "keep", 200)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_method_fills_the_axes_left_at_auto(method: Any) -> None:
+def test_method_fills_the_axes_left_open(method: Any) -> None:
     config = GaLoreConfig(method=method)
-    assert config.subspace == METHODS[method]["subspace"]
+    wanted = {**AUTO, **METHODS[method]}
+    assert {axis: getattr(config, axis) for axis in wanted} == wanted
     assert config.subspace in SUBSPACES
+    named = GaLoreConfig(
+        method=method, subspace="power", schedule="cos", stagger=True, moments="reset", update_proj_gap=7
+    )
+    assert {getattr(named, axis) for axis in AUTO} == {"power", "cos", True, "reset", 7}
+
+
+def test_track_has_a_gap_of_one_unless_it_is_named() -> None:
+    assert GaLoreConfig(method="galore-track").gap == 1
+    assert GaLoreConfig(method="galore-track").gap_bounds(1) == (1, 8)
+    assert GaLoreConfig(method="galore-track", update_proj_gap=5).gap == 5
+    assert GaLoreConfig(method="galore-track").with_settings(update_proj_gap=5).gap == 5
+    assert GaLoreConfig(update_proj_gap=5).with_settings(method="galore-track").gap == 5
+    assert GaLoreConfig().with_settings(method="galore-track").gap == 1
+    assert GaLoreConfig(method="galore-track").with_settings(method="galore").gap == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "gap", "bounds"),
+    [({}, 200, (50, 1600)), ({}, 3, (1, 24)), ({"min_gap": 5}, 10, (5, 80)), ({"max_gap": 300}, 200, (50, 300))],
+)
+def test_gap_bounds_follow_the_gap_unless_they_are_named(
+    settings: dict[str, Any], gap: int, bounds: tuple[int, int]
+) -> None:
+    assert GaLoreConfig(**settings).gap_bounds(gap) == bounds
+
+
+def test_bounds_may_touch_the_gap() -> None:
+    config = GaLoreConfig(update_proj_gap=10, min_gap=10, max_gap=10)
+    assert config.gap_bounds(config.gap) == (10, 10)
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "expected"),
+    [
+        (4, (64, 16), 4),
+        (0.25, (64, 16), 4),
+        (0.25, (16, 64), 4),
+        (0.5, (9, 64), 4),  # 4.5 rounds to the even one
+        (0.01, (16, 16), 1),
+    ],
+)
+def test_fraction_is_of_the_short_side(rank: int | float, shape: tuple[int, int], expected: int) -> None:
+    assert GaLoreConfig(rank=rank).rank_of("layer", shape) == expected
+    assert GaLoreConfig(rank=9).rank_of("layer", shape, named=rank) == expected
+    assert GaLoreConfig(rank=9, rank_pattern={"layer": rank}).rank_of("layer", shape) == expected
+
+
+def test_first_pattern_that_matches_counts_and_the_group_wins() -> None:
+    config = GaLoreConfig(rank=8, rank_pattern={"attention": 0.25, r"blocks\.\d\.mlp": 3, "blocks": 5})
+    shape = (64, 16)
+    assert config.rank_of("blocks.0.attention.query", shape) == 4  # a substring
+    assert config.rank_of("blocks.0.mlp", shape) == 3  # an expression that matches the whole name
+    assert config.rank_of("blocks.0.mlp.up", shape) == 5  # it does not, but "blocks" is in it
+    assert config.rank_of("head", shape) == 8
+    assert config.rank_of("blocks.0.attention.query", shape, named=2) == 2
+
+
+def test_fraction_may_have_any_least_rank() -> None:
+    assert GaLoreConfig(rank=0.25, min_rank=64).min_rank == 64
+    assert GaLoreConfig(rank=4, min_rank=4).min_rank == 4
+
+
+def test_adaptive_rank() -> None:
+    assert not GaLoreConfig().adaptive_rank
+    assert GaLoreConfig(rank_rule="energy", state_budget=10).adaptive_rank
+    assert GaLoreConfig(rank_rule="noise_edge").adaptive_rank
+
+
+def test_gaussian_bases_come_with_the_fixed_schedule() -> None:
+    assert GaLoreConfig(subspace="gaussian").schedule == "fixed"
+    with pytest.raises(ValueError, match=r"schedule='energy' compares bases"):
+        GaLoreConfig(schedule="energy").with_settings(subspace="gaussian")
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
 
 
 def test_named_setting_wins_over_the_method() -> None:
@@ -109,11 +262,33 @@ def test_method_can_be_put_on_top_of_a_configuration() -> None:
     assert config.with_settings(rank=4).subspace == "svd"
 
 
+def test_named_settings_stay_when_the_method_changes() -> None:
+    named: dict[str, Any] = {"subspace": "gram", "moments": "reset", "stagger": True, "update_proj_gap": 7}
+    config = GaLoreConfig(**named)
+    for method in ("galore", "galore-track", "galore2", None):
+        config = config.with_settings(method=method)
+        assert {name: getattr(config, name) for name in named} == named
+        assert config == GaLoreConfig(method=method, **named)  # type: ignore[arg-type]
+    # What was left open goes with each method, there and back.
+    config = GaLoreConfig(rank=8).with_settings(method="galore").with_settings(method="galore-track")
+    assert config == GaLoreConfig(rank=8, method="galore-track")
+    assert config.with_settings(method=None) == GaLoreConfig(rank=8)
+    # Named on top, a setting is named from then on.
+    config = GaLoreConfig(rank=8).with_settings(stagger=True).with_settings(method="galore")
+    assert (config.stagger, config.moments) == (True, "keep")
+
+
+def test_settings_by_name_are_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(GaLoreConfig)}
+    assert fields.issuperset({*SCHEDULE_SETTINGS, *GROUP_KEYS, *AUTO})
+
+
 def test_from_galore_torch_with_its_defaults() -> None:
     config = GaLoreConfig.from_galore_torch({"params": [], "lr": 0.1, "rank": 4, "dim": 2})
     assert config == GaLoreConfig(
-        rank=4, update_proj_gap=200, scale=1.0, proj_type="std", subspace="svd", fix_signs=False
+        method="galore", rank=4, update_proj_gap=200, scale=1.0, proj_type="std", fix_signs=False
     )
+    assert (config.subspace, config.stagger, config.moments) == ("svd", False, "keep")
 
 
 def test_from_galore_torch_with_a_whole_group() -> None:

@@ -253,30 +253,34 @@ def test_gradient_that_is_not_finite_never_reaches_a_decomposition(
 def test_weight_that_skips_a_step_is_as_if_the_step_had_not_been(name: str, mode: str) -> None:
     """The others go on; nothing of the bad gradient reaches the weight, the base's state of it or its subspace."""
 
-    def backward(weights: list[Tensor], step: int, bad: int | None) -> None:
-        generator = torch.Generator().manual_seed(step)
-        for i, weight in enumerate(weights):
-            slope = torch.randn(weight.shape, generator=generator)
-            if i == bad:
-                slope[1, 2] = float("inf")
-            if i != bad or bad == 1:
-                (weight * slope).sum().backward()
-
-    def build() -> tuple[list[Tensor], GaLoreOptimizer]:
+    def run(bad: float | None) -> tuple[Matrices, GaLoreOptimizer]:
+        """Eight steps; at the fourth, where all are due, the second weight has a bad gradient, or none at all."""
         model = Matrices((12, 8), (8, 12))
         base = getattr(torch.optim, name)(model.parameters(), **BASES[name])
-        kept.append(model)
-        return list(model.parameters()), GaLoreOptimizer(
-            base, model, rank=2, update_proj_gap=3, stagger=False, mode=mode
-        )
+        optimizer = GaLoreOptimizer(base, model, rank=2, update_proj_gap=3, stagger=False, mode=mode)
+        for step in range(8):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            for i, weight in enumerate(model.parameters()):
+                slope = torch.randn(weight.shape, generator=generator)
+                if (step, i) == (3, 1):
+                    if bad is None:
+                        continue
+                    slope[1, 2] = bad
+                (weight * slope).sum().backward()
+            optimizer.step()
+        return model, optimizer
 
-    kept: list[nn.Module] = []
-    (weights, optimizer), (others, twin) = build(), build()
-    for step in range(8):
-        for params, one, bad in ((weights, optimizer, 1), (others, twin, 0)):
-            one.zero_grad()
-            backward(params, step, bad if step == 3 else None)
-            one.step()
+    expected, other = run(None)
+    for bad in (float("inf"), float("nan")):
+        model, optimizer = run(bad)
+        assert same_bits(model.parameters(), expected.parameters())
+        for weight, twin, failures in zip(model.parameters(), expected.parameters(), (0, 1), strict=True):
+            ours, theirs = dict(optimizer.state[weight]), dict(other.state[twin])
+            assert (ours.pop("galore_failures"), theirs.pop("galore_failures")) == (failures, 0)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key])) for key in ours)
+            assert ours["galore_step"] == 8 - failures
 
 
 def test_zero_gradient_keeps_the_basis_and_the_weight() -> None:

@@ -150,6 +150,7 @@ class GaLoreConfig:
         self._fill_open_axes()
         self._check_numbers()
         self._check_schedule()
+        self._check_subspace()
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
         for name in ("fix_signs", "stagger"):
@@ -166,6 +167,8 @@ class GaLoreConfig:
 
     def _fill_open_axes(self) -> None:
         choices = {**AUTO, **(METHODS[self.method] if self.method else {})}
+        if self.subspace == "gaussian":
+            choices["moments"] = "keep"  # there is no change of coordinates between bases that are not orthonormal
         opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
         for axis, choice in opened.items():
             object.__setattr__(self, axis, choice)
@@ -211,10 +214,22 @@ class GaLoreConfig:
             raise ValueError(
                 f"shrink_below={self.shrink_below} must be less than grow_above={self.grow_above}; lower it."
             )
-        if self.subspace == "gaussian" and self.schedule in ("adaptive", "cos", "energy"):
+
+    def _check_subspace(self) -> None:
+        if self.subspace == "gaussian" and self.schedule != "fixed":
             raise ValueError(
                 f"schedule={self.schedule!r} compares bases, and those of subspace='gaussian' are drawn at random and "
                 "not orthonormal; use schedule='fixed' or another subspace."
+            )
+        if self.subspace == "gaussian" and self.moments in ("rotate", "rotate_first"):
+            raise ValueError(
+                f"moments={self.moments!r} turns moments from one orthonormal basis to the next, and those of "
+                "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
+            )
+        if self.adaptive_rank and self.subspace in ("gaussian", "random_orthonormal", "columns"):
+            raise ValueError(
+                f"rank_rule={self.rank_rule!r} looks at singular values, which subspace={self.subspace!r} does not "
+                "find; use rank_rule='fixed', or a subspace such as 'randomized'."
             )
 
     @property

@@ -34,6 +34,11 @@ AGGREGATES = {"refresh_time_share", "gap_mean", "rank_mean", "refreshes", "state
 ONCE_REFRESHED_TWICE = {"drift_mean", "drift_max"}
 
 
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a logger in memory has no folder of its own
+
+
 def run(
     *callbacks: Any, strategy: GaLoreStrategy | None = None, model: Tiny | None = None, **settings: Any
 ) -> tuple[Trainer, list[tuple[int, dict[str, float]]]]:
@@ -49,7 +54,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_setting_of_the_schedule_is_a_keyword() -> None:
-    assert set(SCHEDULE_SETTINGS) <= {field for field in SubspaceScheduler.__init__.__annotations__}
+    assert set(SCHEDULE_SETTINGS) <= set(SubspaceScheduler.__init__.__annotations__)
     every = {
         "schedule": "adaptive",
         "update_proj_gap": 7,
@@ -122,8 +127,7 @@ def test_layers_on_request() -> None:
     assert not [name for name in few[-1][1] if name.startswith(("galore_drift", "galore_energy"))]
 
 
-def test_no_logger_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_no_logger_no_trace(tmp_path: Path) -> None:
     trainer, _ = run(SubspaceScheduler(schedule="adaptive"), logger=False)
     assert the_optimizer(trainer).config.schedule == "adaptive"
     assert list(tmp_path.rglob("*")) == []
