@@ -150,7 +150,7 @@ class Projector:
         proxy = nn.Parameter(torch.zeros_like(low_grad))
         proxy.grad = low_grad
         wanted = self.watching or (refresh and refresh.found)
-        if wanted or self.schedule.measures(state.step, self.record_of(param, group)):
+        if wanted or (self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))):
             energy = norm_sq(low_grad) / norm_sq(grad)
         else:
             energy = None
@@ -165,6 +165,9 @@ class Projector:
     def commit(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> None:
         """Write into the state what the weight's step has shown: it is taken now."""
         state, refresh = self.state_of(param), low_grad.refresh
+        if refresh is None and low_grad.energy is None:  # an ordinary step shows nothing
+            state.count_step()
+            return
         before = self.record_of(param, group)
         found = refresh is not None and refresh.found
         energy = -1.0

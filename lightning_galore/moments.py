@@ -148,7 +148,8 @@ class Keep(Moments):
     def carry(self, base: Optimizer, state: State, group: State, change: Change) -> State:
         if not state or not (self.moves or change.changes_rank):
             return state
-        rules = {k: r for k, r in _known(base, state, change) if change.changes_rank or r.kind in self.moves}
+        known = _known(base, state, change)
+        rules = {key: rule for key, rule in known if change.changes_rank or self._concerns(rule, state)}
         new: dict[str, Tensor] = {}
         for key in sorted(rules, key=lambda key: _ORDER.get(rules[key].kind, 1)):
             rule = rules[key]
@@ -163,6 +164,10 @@ class Keep(Moments):
         for key, value in new.items():
             carried |= base_state.write(base, state, key, value)
         return carried
+
+    def _concerns(self, rule: StateRule, state: State) -> bool:
+        """Whether an entry moves although the rank stays."""
+        return rule.kind in self.moves
 
     def _moved(self, low: Tensor, kind: StateKind, change: Change, mean: _Mean | None = None) -> Tensor:
         """One entry in the new coordinates."""
@@ -181,10 +186,17 @@ class Keep(Moments):
 class RotateFirst(Keep):
     """First moments get their new coordinates, exactly where the basis spans the same; second ones stay.
 
+    But no second moment stays below the square of the first one beside it: a mean of squares is never less than the
+    square of the mean. Without that, a coordinate that had no gradient before could take a step without bound.
     Where an optimizer subtracts the square of the mean from a second moment (centered RMSprop), the difference stays.
     """
 
-    moves: ClassVar[frozenset[StateKind]] = frozenset({"first", "centered"})
+    moves: ClassVar[frozenset[StateKind]] = frozenset({"first", "centered", "second", "magnitude", "maximum"})
+
+    @override
+    def _concerns(self, rule: StateRule, state: State) -> bool:
+        # Second moments without a first one beside them have no bound to keep.
+        return rule.kind in self.moves and (rule.kind in ("first", "centered") or rule.beside in state)
 
     @override
     def _moved(self, low: Tensor, kind: StateKind, change: Change, mean: _Mean | None = None) -> Tensor:
@@ -192,7 +204,11 @@ class RotateFirst(Keep):
             return change.rotate(low)
         if kind == "centered":
             return _about_mean(low, mean, lambda spread: change.resize(spread.clamp(min=0), fill="mean"))
-        return super()._moved(low, kind, change, mean)
+        kept = super()._moved(low, kind, change, mean)
+        if mean is None or kind not in ("second", "magnitude"):
+            return kept
+        least = mean[1].abs() if kind == "magnitude" else mean[1].square()
+        return torch.maximum(kept, least.to(kept.dtype))
 
 
 class Rotate(RotateFirst):
@@ -202,7 +218,11 @@ class Rotate(RotateFirst):
     and ``C`` the change: gradients of different coordinates are taken for uncorrelated but for their means.
     """
 
-    moves: ClassVar[frozenset[StateKind]] = RotateFirst.moves | {"second", "magnitude", "maximum", "step_size", "rows"}
+    moves: ClassVar[frozenset[StateKind]] = RotateFirst.moves | {"step_size", "rows"}
+
+    @override
+    def _concerns(self, rule: StateRule, state: State) -> bool:
+        return rule.kind in self.moves
 
     @override
     def _moved(self, low: Tensor, kind: StateKind, change: Change, mean: _Mean | None = None) -> Tensor:

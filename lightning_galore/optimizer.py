@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
@@ -187,16 +187,16 @@ class GaLoreOptimizer(OptimizerWrapper):
         for param in dense:
             clip_(param.grad, self.config.clip_weight_norm)
         output = None
-        for shown in calls_of(self.base, [swap for swap in swaps if not swap.low_grad.skips], dense):
+        moving, skipped = _parted(swaps)
+        for shown in calls_of(self.base, moving, dense, [swap.param for swap in skipped]):
             with swapped_in(self.base, shown, dense_lr_factor=self.config.dense_lr_factor):
                 output = self.base.step(closure=None, **kwargs)
             for swap in shown.swaps:
                 # Only now: where base raises, the weight, its basis and its moments stay as they were.
                 self._projector.commit(swap.param, swap.low_grad, swap.group)
                 self._lift_onto_weight(swap)
-        for swap in swaps:
-            if swap.low_grad.skips:
-                self._projector.commit(swap.param, swap.low_grad, swap.group)
+        for swap in skipped:
+            self._projector.commit(swap.param, swap.low_grad, swap.group)
         return output
 
     def _lift_onto_weight(self, swap: Swap) -> None:
@@ -330,6 +330,11 @@ class GaLoreOptimizer(OptimizerWrapper):
         Bytes are those held, and before the first step those that ``base`` and the basis will take.
         """
         return self._table.with_bytes(memory.held_bytes(self.base, self.targets, self.config))
+
+
+def _parted(swaps: Sequence[Swap]) -> tuple[list[Swap], list[Swap]]:
+    """Those that move, and those that sit this step out."""
+    return [s for s in swaps if not s.low_grad.skips], [s for s in swaps if s.low_grad.skips]
 
 
 def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:

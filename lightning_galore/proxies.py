@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_galore import base_rules, state_keys
@@ -40,24 +40,29 @@ class Shown:
     Args:
         swaps: The projected weights that are stepped.
         dense: The parameters that are stepped as they are.
+        skipped: Projected weights that sit this step out.
         overrides: Settings of all groups for this call only.
     """
 
     swaps: Sequence[Swap] = ()
     dense: Collection[Tensor] = ()
+    skipped: Collection[Tensor] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def calls_of(base: Optimizer, swaps: Sequence[Swap], dense: Collection[Tensor]) -> Iterator[Shown]:
+def calls_of(
+    base: Optimizer, swaps: Sequence[Swap], dense: Collection[Tensor], skipped: Collection[Tensor]
+) -> Iterator[Shown]:
     """The calls of ``base.step`` that a step takes: one for all, but one a weight where it is relative to the weight.
 
     Args:
         base: The wrapped optimizer.
         swaps: The projected weights.
         dense: The parameters that are stepped as they are.
+        skipped: Projected weights that sit this step out.
     """
     if not base_rules.reads_rms(base):
-        yield Shown(swaps=swaps, dense=dense)
+        yield Shown(swaps=swaps, dense=dense, skipped=skipped)
         return
     for swap in swaps:
         # Adafactor steps by max(eps2, RMS(W)) and a zero proxy has RMS 0: so let eps2 be what the weight gives.
@@ -109,6 +114,8 @@ def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iter
 def _put_proxies(groups: Sequence[dict[str, Any]], shown: Shown, dense_lr_factor: float) -> list[dict[str, Any]]:
     """Write proxies into the groups; return extra groups of dense weights when their learning rate is another one."""
     proxies: dict[Tensor, Tensor] = {swap.param: swap.low_grad.proxy for swap in shown.swaps}
+    # Any optimizer skips what has no gradient.
+    proxies.update((param, nn.Parameter(param.new_empty(0))) for param in shown.skipped)
     dense = set(shown.dense)
     apart = []
     for group in groups:

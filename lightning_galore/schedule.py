@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -71,6 +72,9 @@ class Schedule(ABC):
     Args:
         config: Warm-up, bounds and thresholds.
     """
+
+    #: Whether :meth:`measures` can say yes.
+    needs_energy: ClassVar[bool] = False
 
     def __init__(self, config: GaLoreConfig) -> None:
         self.config = config
@@ -209,6 +213,8 @@ class EnergyGap(Schedule):
     then on every ``min_gap`` steps, and below ``refresh_below`` of that worth the next step refreshes; so does one that
     comes ``max_gap`` after the last.
     """
+
+    needs_energy: ClassVar[bool] = True
 
     @override
     def _due(self, step: int, record: RefreshRecord) -> bool:

@@ -201,7 +201,7 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         ("import lightning", "optimizer", "imports lightning"),
         ("from lightning.pytorch import Trainer", "convert", "imports lightning"),
         ("import transformers.models", "strategies", "imports transformers"),
-        ("try:\n    import bitsandbytes\nexcept ImportError:\n    pass", "cli", "imports bitsandbytes; only ['base_state']"),
+        ("try:\n    import bitsandbytes\nexcept ImportError:\n    pass", "cli", "bitsandbytes; only ['base_state']"),
         ("from galore_torch import GaLoreAdamW", "convert", "imports galore_torch"),
         ("x = 1", "novelty", "has no place"),
     ],

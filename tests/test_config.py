@@ -67,9 +67,23 @@ from lightning_galore.subspace import SUBSPACES
         *(
             (
                 {"subspace": "gaussian", "schedule": schedule},
-                rf"schedule='{schedule}' compares bases, and those of subspace='gaussian' are drawn at random and not o",
+                rf"schedule='{schedule}' compares bases, and those of subspace='gaussian' are drawn at random and not",
             )
             for schedule in ("adaptive", "cos", "energy")
+        ),
+        *(
+            (
+                {"subspace": "gaussian", "moments": moments},
+                rf"moments='{moments}' turns moments from one orthonormal basis to the next, .* use moments='keep' or",
+            )
+            for moments in ("rotate", "rotate_first")
+        ),
+        *(
+            (
+                {"subspace": subspace, "rank_rule": "energy"},
+                rf"rank_rule='energy' looks at singular values, which subspace='{subspace}' does not find; use rank_r",
+            )
+            for subspace in ("gaussian", "random_orthonormal", "columns")
         ),
         ({"tracking_rho": 1.0}, r"tracking_rho=1\.0 must be in \[0, 1\); 0\.9 follows the first moment mostly"),
         ({"tracking_rho": -0.1}, r"tracking_rho=-0\.1 must be in \[0, 1\)"),
@@ -241,8 +255,12 @@ def test_adaptive_rank() -> None:
     assert GaLoreConfig(rank_rule="noise_edge").adaptive_rank
 
 
-def test_gaussian_bases_come_with_the_fixed_schedule() -> None:
-    assert GaLoreConfig(subspace="gaussian").schedule == "fixed"
+def test_gaussian_bases_come_with_the_fixed_schedule_and_keep_moments() -> None:
+    config = GaLoreConfig(subspace="gaussian")
+    assert (config.schedule, config.moments) == ("fixed", "keep")
+    assert GaLoreConfig(subspace="gaussian", moments="reset").moments == "reset"
+    assert GaLoreConfig().with_settings(subspace="gaussian") == config
+    assert config.with_settings(subspace="svd").moments == "rotate_first"
     with pytest.raises(ValueError, match=r"schedule='energy' compares bases"):
         GaLoreConfig(schedule="energy").with_settings(subspace="gaussian")
 

@@ -212,8 +212,10 @@ def test_adam_follows_the_formulas(name: str, policy: str, dtype: torch.dtype) -
         key: value.dtype for key, value in tensors(state).items()
     }
     if policy == "rotate_first":
-        assert carried["exp_avg_sq"] is state["exp_avg_sq"]
-        assert carried["max_exp_avg_sq"] is state["max_exp_avg_sq"]
+        second = reference.floored_second(state["exp_avg_sq"], state["exp_avg"], left, right, step=5, betas=BETAS)
+        torch.testing.assert_close(carried["exp_avg_sq"].double(), second, rtol=unit, atol=unit * 1e-2)
+        largest = state["max_exp_avg_sq"].double().maximum(second)
+        torch.testing.assert_close(carried["max_exp_avg_sq"].double(), largest, rtol=unit, atol=unit * 1e-2)
         return
     second = reference.adam_second(state["exp_avg_sq"], state["exp_avg"], left, right, step=5, betas=BETAS)
     torch.testing.assert_close(carried["exp_avg_sq"].double(), second, rtol=unit, atol=unit * 1e-2)
@@ -409,13 +411,31 @@ def test_keep_costs_nothing_while_the_rank_stays(base: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["adamw", "adadelta", "adagrad", "rmsprop", "adamax", "adafactor", "rprop"])
-def test_rotating_the_first_shares_the_second(base: str) -> None:
+def test_rotating_the_first_shares_what_has_no_first_beside_it(base: str) -> None:
     projection = GEOMETRIES["tall"]
     change, _ = of_rank(projection, projection.rank)
     stepper = Stepper(base, projection.low_shape).run(projection.low_shape, 2)
     carried = stepper.carry("rotate_first", change)
     moved = {key for key, value in carried.items() if value is not stepper.state[key]}
-    assert moved == {"exp_avg", "prev"} & carried.keys()
+    assert moved == {"exp_avg", "prev"} & carried.keys() | ({"exp_avg_sq", "exp_inf"} & carried.keys())
+
+
+@pytest.mark.parametrize("base", ["adamw", "adamw-amsgrad", "adamax"])
+@pytest.mark.parametrize("name", BOTH_SIDES_AND_FULL)
+def test_coordinate_without_a_gradient_so_far_takes_no_boundless_step(name: str, base: str) -> None:
+    """With v = 0 where the rotated first moment is not, Adam would divide by eps."""
+    projection = GEOMETRIES[name]
+    old = random_bases(projection, 0)
+    new = nearby_bases(projection, old)
+    stepper = Stepper(base, projection.low_shape).run(projection.low_shape, 4)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"):
+        if key in stepper.state:
+            stepper.state[key][..., 1:] = 0.0
+    carried = stepper.carry("rotate_first", Change.between(old, new, projection.side))
+    moment = carried["exp_avg"] / (1 - BETAS[0] ** 4)
+    root = carried["exp_inf"] if base == "adamax" else (carried["exp_avg_sq"] / (1 - BETAS[1] ** 4)).sqrt()
+    assert bool((moment.abs() <= root * (1 + 1e-4)).all())
+    assert bool((moment != 0).any())
 
 
 def test_reset_does_not_need_an_optimizer_that_begins_lazily() -> None:

@@ -38,6 +38,14 @@ def adam_second(
     return bc2 * (spread + apply(m, left, right) ** 2 / bc1**2).abs()
 
 
+def floored_second(
+    v: Tensor, m: Tensor, left: Tensor | None, right: Tensor | None, *, step: int, betas: tuple[float, float]
+) -> Tensor:
+    """``v`` as it is, but ``v' / bc2`` nowhere below ``(m' / bc1)^2``."""
+    bc1, bc2 = 1 - betas[0] ** step, 1 - betas[1] ** step
+    return v.double().maximum((apply(m, left, right) / bc1) ** 2 * bc2)
+
+
 def adamax_inf(u: Tensor, m: Tensor, left: Tensor | None, right: Tensor | None, *, step: int, beta1: float) -> Tensor:
     """The same rule for what stands where Adam has the root of an unbiased second moment."""
     u, m = u.double(), m.double() / (1 - beta1**step)

@@ -173,7 +173,7 @@ OTHERS: dict[str, Any] = {
     "target_modules": "body.*",
     "ignore_modules": ["head"],
     "method": "galore",
-    "subspace": "columns",
+    "subspace": "gram",
     "schedule": "energy",
     "stagger": False,
     "refresh_share": 0.25,
