@@ -189,3 +189,21 @@ def test_settings_of_one_parameter_are_found_by_position() -> None:
         del manager.index2config[(0, index)]
     assert max_difference([model.lm_head.weight], [bare.lm_head.weight]) == 0.0
     assert max_difference([model.lm_head.bias], [bare.lm_head.bias]) == 0.0
+
+
+def test_weight_that_sits_a_step_out_keeps_its_place() -> None:
+    model, bare = TinyTransformer(), TinyTransformer()
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    index = [id(p) for p in model.parameters()].index(id(model.lm_head.weight))
+    manager.index2config[(0, index)] = {"lr": 0.5}
+    try:
+        optimizer = GaLoreOptimizer(build("AdamW", model.parameters()), model, rank=4, stagger=False)
+        query = model.blocks[0].query.weight  # type: ignore[union-attr]
+        before = query.detach().clone()
+        train(model, optimizer, range(1), before_step=lambda step: query.grad.fill_(float("nan")))  # type: ignore[union-attr]
+        train(bare, build("AdamW", bare.parameters()), range(1))
+    finally:
+        del manager.index2config[(0, index)]
+    assert torch.equal(query, before)
+    assert max_difference([model.lm_head.weight], [bare.lm_head.weight]) == 0.0
+    assert max_difference([model.lm_head.bias], [bare.lm_head.bias]) == 0.0

@@ -249,3 +249,19 @@ def test_several_optimizers_get_numbers() -> None:
 def test_it_takes_its_words_from_the_configuration() -> None:
     fields = GaLoreConfig.__dataclass_fields__
     assert set(SCHEDULE_SETTINGS) <= set(fields)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer, _ = run(SubspaceScheduler(per_layer=True), logger=logger)
+    events = accumulator.EventAccumulator(logger.log_dir)
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {f"galore/{name}" for name in AGGREGATES | ONCE_REFRESHED_TWICE} <= scalars
+    last = events.Scalars("galore/refreshes")[-1].value
+    assert last == sum(status.num_refreshes for status in the_optimizer(trainer).subspaces())
+    assert any(name.startswith("galore_energy/") for name in scalars)
+    assert (Path(logger.log_dir) / FILE_NAME).is_file()
