@@ -15,19 +15,18 @@ from typing_extensions import override
 
 from lightning_galore import base_rules, memory, state_keys
 from lightning_galore.backward import GradientHooks
-from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
+from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS
 from lightning_galore.low_grad import LowGrad, Projector, clip_
 from lightning_galore.proxies import Swap, calls_of, swapped_in
-from lightning_galore.refresh import RefreshEvent
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
-from lightning_galore.watch import SubspaceStatus, statuses
+from lightning_galore.watch import SubspaceControls
 from lightning_galore.wrapper import OptimizerWrapper
 
 Chosen: TypeAlias = tuple[dict[Tensor, Target], TargetTable]
 
 
-class GaLoreOptimizer(OptimizerWrapper):
+class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
     """Low-rank training with any torch optimizer: wraps ``base``, and shares its groups, state and defaults.
 
     ``param_groups`` list the real parameters, so LR schedulers, clipping, GradScaler and callbacks work as before, and
@@ -286,43 +285,6 @@ class GaLoreOptimizer(OptimizerWrapper):
         state_keys.check_loadable(state_dict, self.param_groups, self.targets, adaptive=self.config.adaptive_rank)
         self.base.load_state_dict(state_dict)
         state_keys.restore_dtypes(state_dict, self.param_groups, self.state)
-
-    def set_schedule(self, **settings: Any) -> None:
-        """Decide otherwise from now on when a subspace is refreshed; what each weight's past has shown is kept.
-
-        Args:
-            **settings: Settings of the schedule (``schedule``, ``update_proj_gap``, ``stagger``, ...).
-
-        Raises:
-            TypeError: If one of them is no setting of the schedule.
-            ValueError: If one is out of range.
-        """
-        others = sorted(set(settings) - set(SCHEDULE_SETTINGS))
-        if others:
-            raise TypeError(
-                f"{', '.join(others)}: no setting of a schedule; choose among {', '.join(SCHEDULE_SETTINGS)}."
-            )
-        self.config = self.config.with_settings(**settings)
-        self._projector.reschedule(self.config)
-        self._projector.arrange(self.param_groups)
-
-    def watch(self, watching: bool = True) -> None:
-        """Measure at every step how much of each gradient its basis holds: one pass over the gradient more."""
-        self._projector.watching = watching
-
-    def on_refresh(self, listener: Callable[[RefreshEvent], None] | None) -> None:
-        """Tell ``listener`` of every refresh from now on, when its step has been taken; None for nobody."""
-        self._projector.listener = listener
-
-    @property
-    def refresh_seconds(self) -> float:
-        """Seconds that this object has spent on finding bases."""
-        return self._projector.refresher.seconds
-
-    def subspaces(self) -> list[SubspaceStatus]:
-        """How the subspace of each projected weight stands now."""
-        groups = {param: self._group_of(param) for param in self.targets if param in self._group_index}
-        return statuses(self._projector, self.targets, groups)
 
     def targets_table(self) -> TargetTable:
         """Every parameter: its shape, side, rank, bytes of low-rank state, or why it is not projected.

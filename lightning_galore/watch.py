@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the subspaces stand, for callbacks and loggers: numbers to read, nothing to change."""
+"""How the subspaces stand, for callbacks and loggers, and what those may set."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lightning_galore import storage
+from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.low_grad import Projector
+from lightning_galore.refresh import RefreshEvent
 from lightning_galore.subspace import Side
 from lightning_galore.targets import Target
 
@@ -93,3 +95,51 @@ def statuses(
             )
         )
     return found
+
+
+class SubspaceControls:
+    """What a :class:`~lightning_galore.GaLoreOptimizer` lets callbacks see and set."""
+
+    config: GaLoreConfig
+    targets: dict[Tensor, Target]
+    param_groups: list[dict[str, Any]]
+    _projector: Projector
+
+    def set_schedule(self, **settings: Any) -> None:
+        """Decide otherwise from now on when a subspace is refreshed; what each weight's past has shown is kept.
+
+        Args:
+            **settings: Settings of the schedule (``schedule``, ``update_proj_gap``, ``stagger``, ...).
+
+        Raises:
+            TypeError: If one of them is no setting of the schedule.
+            ValueError: If one is out of range.
+        """
+        others = sorted(set(settings) - set(SCHEDULE_SETTINGS))
+        if others:
+            raise TypeError(
+                f"{', '.join(others)}: no setting of a schedule; choose among {', '.join(SCHEDULE_SETTINGS)}."
+            )
+        config = self.config.with_settings(**settings)
+        for optimizer in (self, getattr(self, "_optimizer", self)):  # a LightningOptimizer keeps attributes of its own
+            vars(optimizer)["config"] = config
+        self._projector.reschedule(config)
+        self._projector.arrange(self.param_groups)
+
+    def watch(self, watching: bool = True) -> None:
+        """Measure at every step how much of each gradient its basis holds: one pass over the gradient more."""
+        self._projector.watching = watching
+
+    def on_refresh(self, listener: Callable[[RefreshEvent], None] | None) -> None:
+        """Tell ``listener`` of every refresh from now on, when its step has been taken; None for nobody."""
+        self._projector.listener = listener
+
+    @property
+    def refresh_seconds(self) -> float:
+        """Seconds that this object has spent on finding bases."""
+        return self._projector.refresher.seconds
+
+    def subspaces(self) -> list[SubspaceStatus]:
+        """How the subspace of each projected weight stands now."""
+        groups = {param: group for group in self.param_groups for param in group["params"] if param in self.targets}
+        return statuses(self._projector, self.targets, groups)

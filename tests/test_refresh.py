@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from lightning_galore import GaLoreOptimizer, storage
@@ -299,6 +300,13 @@ def test_schedule_may_be_set_later() -> None:
     with pytest.raises(ValueError, match="update_proj_gap=0 must be at least 1"):
         optimizer.set_schedule(update_proj_gap=0)
     assert optimizer.config.gap == 2
+
+
+def test_schedule_may_be_set_through_lightnings_wrapper() -> None:
+    _, optimizer = make(stagger=False)
+    LightningOptimizer(optimizer).set_schedule(update_proj_gap=7)  # type: ignore[attr-defined]
+    assert optimizer.config.gap == 7
+    assert {status.gap for status in optimizer.subspaces()} == {7}
 
 
 def test_layers_that_come_later_get_places_of_their_own() -> None:

@@ -14,10 +14,6 @@ from lightning_galore.config.checks import (
     as_rank_pattern,
     check_bool,
     check_choice,
-    check_int,
-    check_positive,
-    check_rank,
-    check_share,
 )
 from lightning_galore.config.presets import (
     AUTO,
@@ -34,6 +30,7 @@ from lightning_galore.config.presets import (
     ScheduleName,
     SubspaceName,
 )
+from lightning_galore.config.ranges import check_numbers, check_schedule, check_subspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +145,9 @@ class GaLoreConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, (None, *METHODS))
         self._fill_open_axes()
-        self._check_numbers()
-        self._check_schedule()
-        self._check_subspace()
+        check_numbers(self)
+        check_schedule(self)
+        check_subspace(self)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
         for name in ("fix_signs", "stagger"):
@@ -173,64 +170,6 @@ class GaLoreConfig:
         for axis, choice in opened.items():
             object.__setattr__(self, axis, choice)
         object.__setattr__(self, "_opened", frozenset(opened))
-
-    def _check_numbers(self) -> None:
-        check_rank("rank", self.rank)
-        check_int("seed", self.seed, minimum=0, remedy="use any integer from 0 on")
-        check_int("min_rank", self.min_rank, minimum=1, remedy="1 is the least")
-        if isinstance(self.rank, int) and self.min_rank > self.rank:
-            raise ValueError(f"min_rank={self.min_rank} is above rank={self.rank}, the upper bound; lower it.")
-        check_share("rank_energy", self.rank_energy, remedy="0.9 holds nine tenths of the gradient's energy")
-        check_share("tracking_rho", self.tracking_rho, below_one=True, remedy="0.9 follows the first moment mostly")
-        check_positive("scale", self.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
-        check_positive("dense_lr_factor", self.dense_lr_factor, remedy="1.0 leaves the learning rate as it is")
-        if self.clip_weight_norm is not None:
-            check_positive("clip_weight_norm", self.clip_weight_norm, remedy="None clips nothing")
-        if self.state_budget is not None:
-            check_int("state_budget", self.state_budget, minimum=1, remedy="give bytes, or None for no cap")
-            if self.rank_rule == "fixed":
-                raise ValueError(
-                    f"state_budget={self.state_budget} caps an adaptive rank, and rank_rule='fixed' has none; choose "
-                    "rank_rule='energy' or 'noise_edge'."
-                )
-
-    def _check_schedule(self) -> None:
-        check_int(
-            "update_proj_gap", self.update_proj_gap, minimum=1, remedy="the paper uses 200, or 500 for fine-tuning"
-        )
-        check_int("refresh_warmup", self.refresh_warmup, minimum=0, remedy="0 is no warm-up")
-        check_positive("refresh_share", self.refresh_share, remedy="0.5 adds half of a step")
-        for name in ("min_gap", "max_gap"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), minimum=1, remedy="None follows update_proj_gap")
-        low, high = self.gap_bounds(self.gap)
-        if not low <= self.gap <= high:
-            raise ValueError(
-                f"update_proj_gap={self.gap} must lie between min_gap={low} and max_gap={high}; move the bounds."
-            )
-        for name in ("grow_above", "shrink_below", "refresh_below"):
-            check_share(name, getattr(self, name), remedy="it is a share of what a fresh basis is worth")
-        if self.shrink_below >= self.grow_above:
-            raise ValueError(
-                f"shrink_below={self.shrink_below} must be less than grow_above={self.grow_above}; lower it."
-            )
-
-    def _check_subspace(self) -> None:
-        if self.subspace == "gaussian" and self.schedule != "fixed":
-            raise ValueError(
-                f"schedule={self.schedule!r} compares bases, and those of subspace='gaussian' are drawn at random and "
-                "not orthonormal; use schedule='fixed' or another subspace."
-            )
-        if self.subspace == "gaussian" and self.moments in ("rotate", "rotate_first"):
-            raise ValueError(
-                f"moments={self.moments!r} turns moments from one orthonormal basis to the next, and those of "
-                "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
-            )
-        if self.adaptive_rank and self.subspace in ("gaussian", "random_orthonormal", "columns"):
-            raise ValueError(
-                f"rank_rule={self.rank_rule!r} looks at singular values, which subspace={self.subspace!r} does not "
-                "find; use rank_rule='fixed', or a subspace such as 'randomized'."
-            )
 
     @property
     def gap(self) -> int:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which values the settings may have, alone and together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_galore.config.checks import check_int, check_positive, check_rank, check_share
+
+if TYPE_CHECKING:
+    from lightning_galore.config.settings import GaLoreConfig
+
+
+def check_numbers(config: GaLoreConfig) -> None:
+    """Refuse ranks, factors and shares out of range."""
+    check_rank("rank", config.rank)
+    check_int("seed", config.seed, minimum=0, remedy="use any integer from 0 on")
+    check_int("min_rank", config.min_rank, minimum=1, remedy="1 is the least")
+    if isinstance(config.rank, int) and config.min_rank > config.rank:
+        raise ValueError(f"min_rank={config.min_rank} is above rank={config.rank}, the upper bound; lower it.")
+    check_share("rank_energy", config.rank_energy, remedy="0.9 holds nine tenths of the gradient's energy")
+    check_share("tracking_rho", config.tracking_rho, below_one=True, remedy="0.9 follows the first moment mostly")
+    check_positive("scale", config.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
+    check_positive("dense_lr_factor", config.dense_lr_factor, remedy="1.0 leaves the learning rate as it is")
+    if config.clip_weight_norm is not None:
+        check_positive("clip_weight_norm", config.clip_weight_norm, remedy="None clips nothing")
+    if config.state_budget is not None:
+        check_int("state_budget", config.state_budget, minimum=1, remedy="give bytes, or None for no cap")
+        if config.rank_rule == "fixed":
+            raise ValueError(
+                f"state_budget={config.state_budget} caps an adaptive rank, and rank_rule='fixed' has none; choose "
+                "rank_rule='energy' or 'noise_edge'."
+            )
+
+
+def check_schedule(config: GaLoreConfig) -> None:
+    """Refuse gaps and thresholds out of range, or that contradict each other."""
+    check_int("update_proj_gap", config.update_proj_gap, minimum=1, remedy="the paper uses 200, or 500 for fine-tuning")
+    check_int("refresh_warmup", config.refresh_warmup, minimum=0, remedy="0 is no warm-up")
+    check_positive("refresh_share", config.refresh_share, remedy="0.5 adds half of a step")
+    for name in ("min_gap", "max_gap"):
+        if getattr(config, name) is not None:
+            check_int(name, getattr(config, name), minimum=1, remedy="None follows update_proj_gap")
+    low, high = config.gap_bounds(config.gap)
+    if not low <= config.gap <= high:
+        raise ValueError(
+            f"update_proj_gap={config.gap} must lie between min_gap={low} and max_gap={high}; move the bounds."
+        )
+    for name in ("grow_above", "shrink_below", "refresh_below"):
+        check_share(name, getattr(config, name), remedy="it is a share of what a fresh basis is worth")
+    if config.shrink_below >= config.grow_above:
+        raise ValueError(
+            f"shrink_below={config.shrink_below} must be less than grow_above={config.grow_above}; lower it."
+        )
+
+
+def check_subspace(config: GaLoreConfig) -> None:
+    """Refuse what a subspace cannot do."""
+    if config.subspace == "gaussian" and config.schedule != "fixed":
+        raise ValueError(
+            f"schedule={config.schedule!r} compares bases, and those of subspace='gaussian' are drawn at random and "
+            "not orthonormal; use schedule='fixed' or another subspace."
+        )
+    if config.subspace == "gaussian" and config.moments in ("rotate", "rotate_first"):
+        raise ValueError(
+            f"moments={config.moments!r} turns moments from one orthonormal basis to the next, and those of "
+            "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
+        )
+    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns"):
+        raise ValueError(
+            f"rank_rule={config.rank_rule!r} looks at singular values, which subspace={config.subspace!r} does not "
+            "find; use rank_rule='fixed', or a subspace such as 'randomized'."
+        )
