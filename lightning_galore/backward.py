@@ -30,6 +30,9 @@ class Consumer(Protocol):
     def is_due(self, param: Tensor) -> bool:
         """Whether the weight's next step refreshes its basis."""
 
+    def waits(self, param: Tensor) -> bool:
+        """Whether the weight's next step wants the gradient of the whole window."""
+
     def prepare(self, param: Tensor, *, due: bool) -> LowGrad:
         """Project ``param.grad``, with a new basis if one is due."""
 
@@ -149,10 +152,10 @@ class GradientHooks:
             self._move(param, low_grad, consumer)
 
     def _keeps_full(self, param: Tensor, consumer: Consumer) -> bool:
-        """Whether a refresh is due that must wait for the window's last backward."""
+        """Whether a refresh, or a look at the gradient's energy, must wait for the window's last backward."""
         if param not in self._due:
             self._due[param] = consumer.is_due(param)
-        return self._due[param] and not self.armed and param not in self.waiting
+        return not self.armed and param not in self.waiting and consumer.waits(param)
 
     def _project(self, param: Tensor, consumer: Consumer) -> LowGrad:
         """Add to the weight's low-rank gradient and free the full one."""

@@ -271,6 +271,16 @@ def shrink_eager_state(base: Optimizer, param: Tensor, low_shape: tuple[int, int
         base.state[param][key] = constant.expand(low_shape).clone()
 
 
+def resized_constants(state: Mapping[str, Any], shape: tuple[int, int], new_shape: tuple[int, int]) -> dict[str, Any]:
+    """The state with each tensor of ``shape``, all whose entries are alike, at ``new_shape``."""
+    return {
+        key: value.flatten()[0].expand(new_shape).clone()
+        if isinstance(value, Tensor) and value.shape == shape
+        else value
+        for key, value in state.items()
+    }
+
+
 def probe_state(base: Optimizer, group: Mapping[str, Any], shape: tuple[int, int], like: Tensor) -> int:
     """Bytes of the state that ``base`` keeps for a parameter of ``shape``, found by stepping one and looking.
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_galore import memory, schedule
+from lightning_galore import base_rules, memory, schedule
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.moments import MOMENTS
-from lightning_galore.rank import StateBudget
+from lightning_galore.rank import Extent, StateBudget
 from lightning_galore.refresh import Refresh, Refresher, RefreshEvent
 from lightning_galore.schedule import SCHEDULES, Observation, RefreshRecord
 from lightning_galore.state_keys import WeightState
@@ -79,8 +79,9 @@ class Projector:
         #: The energy at the last step that measured it; not part of the state.
         self.energies: dict[Target, Tensor] = {}
         #: Told of every refresh.
-        self.listener: Callable[[RefreshEvent], None] | None = None
+        self.listeners: list[Callable[[RefreshEvent], None]] = []
         self._places: dict[Target, tuple[int, int]] = {}
+        self._budgeted: set[Tensor] = set()
 
     def reschedule(self, config: GaLoreConfig) -> None:
         """Decide by another schedule from now on; what the weights' records hold stays."""
@@ -95,27 +96,40 @@ class Projector:
             groups: The param groups, for the gap of each weight.
         """
         new = {
-            self._targets[param]: self._gap(group)
+            param: self._gap(group)
             for group in groups
             for param in group["params"]
             if param in self._targets and self._targets[param] not in self._places
         }
-        if self.config.stagger and new:
-            works = [math.prod(target.projection.shape) * float(target.projection.rank) for target in new]
+        # Frozen weights take no turn from those that train; they get their own, for when they are unfrozen.
+        for trains in (True, False) if self.config.stagger else ():
+            gaps = {self._targets[param]: gap for param, gap in new.items() if param.requires_grad is trains}
+            works = [math.prod(target.projection.shape) * float(target.projection.rank) for target in gaps]
             cost = self.refresher.subspace.relative_cost
-            places = schedule.staggered(works, list(new.values()), cost=cost, share=self.config.refresh_share)
-            self._places.update(zip(new, places, strict=True))
-        if self.config.state_budget is not None and new:
-            per_rank = memory.bytes_per_rank(self._base, self._targets, self.config)
-            bounds = {
-                target: (min(self.config.min_rank, target.projection.rank), target.projection.rank)
-                for target in per_rank
-            }
-            self.refresher.budget = StateBudget(self.config.state_budget, per_rank, bounds)
+            places = schedule.staggered(works, list(gaps.values()), cost=cost, share=self.config.refresh_share)
+            self._places.update(zip(gaps, places, strict=True))
+        if self.config.state_budget is not None and self._targets.keys() != self._budgeted:
+            self._divide_budget(self.config.state_budget)
+
+    def _divide_budget(self, limit: int) -> None:
+        ceilings = {target: target.projection.rank for target in self._targets.values()}
+        floors = {target: min(self.config.min_rank, rank) for target, rank in ceilings.items()}
+        least, most = (memory.bytes_at(self._base, self._targets, self.config, r) for r in (floors, ceilings))
+        extents = {
+            target: Extent(low=floors[target], high=ceilings[target], low_bytes=least[target], high_bytes=most[target])
+            for target in ceilings
+        }
+        # Weights that come later may not fit any more: a run that goes well is not ended for that.
+        self.refresher.budget = StateBudget(limit, extents, strict=not self._budgeted)
+        self._budgeted = set(self._targets)
+
+    def forget(self) -> None:
+        """No refresh waits for its step any more."""
+        self.refresher.forget()
 
     def state_of(self, param: Tensor) -> WeightState:
-        """The state of a projected weight."""
-        return WeightState(self._base.state[param], self._targets[param].projection)
+        """The state of a projected weight, to read; before its first step it is empty."""
+        return WeightState(self._base.state.get(param) or {}, self._targets[param].projection)
 
     def record_of(self, param: Tensor, group: Mapping[str, Any]) -> RefreshRecord:
         """What the schedule knows of a projected weight.
@@ -124,12 +138,19 @@ class Projector:
             param: The weight.
             group: Its param group, whose ``update_proj_gap`` wins over the configuration's.
         """
-        start, phase = self._places.get(self._targets[param], (0, 0))
-        return self.state_of(param).record(self._gap(group), start=start, phase=phase)
+        place = self._places.get(self._targets[param], (0, 0)) if self.config.stagger else None
+        return self.state_of(param).record(self._gap(group), place=place)
 
     def due(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the weight's next step refreshes its basis."""
         return self.schedule.due(self.state_of(param).step, self.record_of(param, group))
+
+    def waits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the weight's next step wants the gradient of the whole window: for a basis, or for its energy."""
+        if self.due(param, group):
+            return True
+        step = self.state_of(param).step
+        return self.schedule.needs_energy and self.schedule.measures(step, self.record_of(param, group))
 
     def prepare(self, param: Tensor, group: Mapping[str, Any], *, due: bool) -> LowGrad:
         """Project ``param.grad`` ``(m, n)``, with a new basis if one is due. Changes nothing but what it returns."""
@@ -151,20 +172,28 @@ class Projector:
         proxy.grad = low_grad
         wanted = self.watching or (refresh and refresh.found)
         if wanted or (self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))):
-            energy = norm_sq(low_grad) / norm_sq(grad)
+            energy = (_norm(low_grad) / _norm(grad)).square()
         else:
             energy = None
         return LowGrad(target=target, projection=projection, proxy=proxy, bases=bases, refresh=refresh, energy=energy)
 
     def carried(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The wrapped optimizer's own state of a weight in its new coordinates; None where they have not changed."""
-        change = low_grad.refresh.change if low_grad.refresh else None
-        own = self.state_of(param).own
-        return self._moments.carry(self._base, own, group, change) if change is not None and own else None
+        refresh, own = low_grad.refresh, self.state_of(param).own
+        if refresh is None or not own:
+            return None
+        if refresh.change is not None:
+            return self._moments.carry(self._base, own, group, refresh.change)
+        if low_grad.projection == low_grad.target.projection:
+            return None
+        # Made in the optimizer's constructor (Adagrad), for the most that the rank may be.
+        shape = low_grad.target.projection.low_shape
+        return base_rules.resized_constants(own, shape, low_grad.projection.low_shape)
 
     def commit(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> None:
         """Write into the state what the weight's step has shown: it is taken now."""
-        state, refresh = self.state_of(param), low_grad.refresh
+        state = WeightState(self._base.state[param], low_grad.target.projection)
+        refresh = low_grad.refresh
         if refresh is None and low_grad.energy is None:  # an ordinary step shows nothing
             state.count_step()
             return
@@ -177,14 +206,16 @@ class Projector:
         if refresh is not None:
             seen = replace(seen, overlap=refresh.overlap, cosine=refresh.cosine)
             state.keep_bases(refresh.bases, found=found, failed=refresh.due and not found, energy=seen.energy)
-            self.refresher.committed(low_grad.target)
+            self.refresher.forget(low_grad.target)
         if low_grad.energy is not None:
             self.energies[low_grad.target] = low_grad.energy
         after = self.schedule.note(state.step, before, seen)
         if refresh is not None or after != before:
-            state.keep_record(after)
-        if refresh is not None and refresh.due and self.listener is not None:
-            self.listener(_event(low_grad, refresh, state.step, after.gap_now, seen))
+            state.keep_record(after, staggered=bool(self.config.stagger))
+        if refresh is not None and refresh.due:
+            event = _event(low_grad, refresh, state.step, self.schedule.gap_of(after), seen)
+            for listener in self.listeners:
+                listener(event)
         if not low_grad.skips:
             state.count_step()
 
@@ -230,6 +261,10 @@ def clip_(grad: Tensor | None, max_norm: float | None, *, norm_sq: Tensor | None
 
 def norm_sq(grad: Tensor) -> Tensor:
     """Squared norm in fp32 at least, 0-D, without a temporary of the gradient's size."""
+    return _norm(grad).square()
+
+
+def _norm(grad: Tensor) -> Tensor:
     if grad.is_sparse:
         grad = grad.coalesce().values()
-    return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32)).square()
+    return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_galore import base_rules, state_keys, storage
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
 
 
@@ -24,31 +26,51 @@ def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLore
         targets: Its projected weights.
         config: Says how a basis is kept.
     """
-    groups = {param: i for i, group in enumerate(base.param_groups) for param in group["params"]}
-    probed: dict[tuple[Any, ...], int] = {}
-    held: dict[Target, int] = {}
-    for param, target in targets.items():
-        low_shape = target.projection.low_shape
-        state = state_keys.WeightState(base.state.get(param) or {}, target.projection)
-        key = (groups[param], low_shape, param.dtype, param.device)
-        if not state.own and key not in probed:
-            probed[key] = base_rules.probe_state(base, base.param_groups[groups[param]], low_shape, param)
-        itemsize = storage.storage_dtype(config.basis_storage, param.dtype).itemsize
-        basis = sum(d * r for d, r in state.projection.basis_shapes) * itemsize
-        held[target] = (storage.nbytes(state.own) if state.own else probed[key]) + basis
-    return held
+    states = {
+        param: state_keys.WeightState(base.state.get(param) or {}, target.projection)
+        for param, target in targets.items()
+    }
+    fresh = {param: target for param, target in targets.items() if not states[param].own}
+    held = _probed(base, fresh, config)
+    for param, state in states.items():
+        if param not in fresh:
+            held[param] = storage.nbytes(state.own) + _basis_bytes(state.projection, param, config)
+    return {target: held[param] for param, target in targets.items()}
 
 
-def bytes_per_rank(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Target, float]:
-    """Bytes of each projected weight's state for one unit of rank, moments and basis.
+def bytes_at(
+    base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig, ranks: Mapping[Target, int]
+) -> dict[Target, int]:
+    """Bytes that each projected weight's state would take at another rank, whatever it holds now.
 
     Args:
         base: The wrapped optimizer.
         targets: Its projected weights.
         config: Says how a basis is kept.
+        ranks: The rank of each.
     """
-    states = {
-        target: state_keys.WeightState(base.state.get(param) or {}, target.projection).projection.rank
+    shadows = {
+        param: replace(target, projection=target.projection.with_rank(ranks[target]))
         for param, target in targets.items()
     }
-    return {target: held / states[target] for target, held in held_bytes(base, targets, config).items()}
+    held = _probed(base, shadows, config)
+    return {target: held[param] for param, target in targets.items()}
+
+
+def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Tensor, int]:
+    """Bytes of state before it is there, by letting ``base`` step one proxy of each kind."""
+    groups = {param: i for i, group in enumerate(base.param_groups) for param in group["params"]}
+    probed: dict[tuple[Any, ...], int] = {}
+    held = {}
+    for param, target in targets.items():
+        low_shape = target.projection.low_shape
+        key = (groups[param], low_shape, param.dtype, param.device)
+        if key not in probed:
+            probed[key] = base_rules.probe_state(base, base.param_groups[groups[param]], low_shape, param)
+        held[param] = probed[key] + _basis_bytes(target.projection, param, config)
+    return held
+
+
+def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
+    itemsize = storage.storage_dtype(config.basis_storage, param.dtype).itemsize
+    return sum(d * r for d, r in projection.basis_shapes) * itemsize

@@ -93,6 +93,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the real parameters, and the low-rank ones that wait for a step."""
         self.hooks.reset()  # before the groups are read: a hook of the Trainer may call this while they show proxies
+        self._projector.forget()
         self._know_params()
         self.base.zero_grad(set_to_none)
 
@@ -159,6 +160,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
                     swaps.append(self._swap(param, group, self._take(param)))
         output = self._update(swaps, dense, **kwargs)
         self.hooks.end_window()
+        self._projector.forget()
         return loss if closure is not None else output
 
     def _take(self, param: Tensor) -> LowGrad:
@@ -222,6 +224,10 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         """Whether the next step of a projected weight refreshes its basis."""
         return self._projector.due(param, self._group_of(param))
 
+    def waits(self, param: Tensor) -> bool:
+        """Whether the next step of a projected weight wants the gradient of the whole window."""
+        return self._projector.waits(param, self._group_of(param))
+
     def prepare(self, param: Tensor, *, due: bool) -> LowGrad:
         """Project ``param.grad``, with a new basis if one is due. Nothing is changed until :meth:`step` commits it."""
         return self._projector.prepare(param, self._group_of(param), due=due)
@@ -283,6 +289,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             ValueError: If it is of another rank or side, full-rank, or of another package; nothing has changed then.
         """
         state_keys.check_loadable(state_dict, self.param_groups, self.targets, adaptive=self.config.adaptive_rank)
+        self.hooks.reset()  # what waits is of another course
+        self._projector.forget()
         self.base.load_state_dict(state_dict)
         state_keys.restore_dtypes(state_dict, self.param_groups, self.state)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Generic, TypeVar
 
@@ -70,6 +71,34 @@ class NoiseEdgeRank(RankRule):
 RANK_RULES: dict[str, type[RankRule]] = {"energy": EnergyRank, "noise_edge": NoiseEdgeRank}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """The ranks that one weight may have, and the bytes of its basis and moments at the least and the largest.
+
+    In between bytes are taken to lie on a straight line. What they really are is never more: they grow in proportion to
+    the rank, but for parts that do not grow at all, and for projecting both sides, where they grow with its square.
+    (8-bit optimizers keep tensors of fewer than 4,096 entries in fp32: a weight may pass the line by that.)
+    """
+
+    low: int
+    high: int
+    low_bytes: float
+    high_bytes: float
+
+    def bytes_at(self, rank: int) -> float:
+        """Bytes at ``rank``, or somewhat more than that."""
+        if self.high == self.low:
+            return self.low_bytes
+        return self.low_bytes + (self.high_bytes - self.low_bytes) * (rank - self.low) / (self.high - self.low)
+
+    def rank_within(self, held: float) -> int:
+        """The largest rank that takes no more than ``held`` bytes; the least one if none does."""
+        if self.high == self.low or held >= self.high_bytes:
+            return self.high
+        slope = (self.high_bytes - self.low_bytes) / (self.high - self.low)
+        return max(self.low, self.low + math.floor((held - self.low_bytes) / slope + 1e-9))
+
+
 class StateBudget(Generic[Key]):
     """Caps ranks so that all weights' low-rank state fits into a number of bytes, at every step.
 
@@ -78,24 +107,24 @@ class StateBudget(Generic[Key]):
 
     Args:
         limit: Bytes.
-        bytes_per_rank: Bytes of basis and moments of each weight for one unit of rank.
-        bounds: Least and largest rank of each weight.
+        extents: What each weight may take.
+        strict: Whether to refuse a limit that not even the least ranks fit into. Otherwise all get their least.
 
     Raises:
         ValueError: If not even the least ranks fit.
     """
 
-    def __init__(self, limit: int, bytes_per_rank: Mapping[Key, float], bounds: Mapping[Key, tuple[int, int]]) -> None:
-        self._bytes = dict(bytes_per_rank)
-        least = sum(self._bytes[key] * low for key, (low, _) in bounds.items())
-        if least > limit:
+    def __init__(self, limit: int, extents: Mapping[Key, Extent], *, strict: bool = True) -> None:
+        self._extents = dict(extents)
+        least = sum(extent.bytes_at(extent.low) for extent in extents.values())
+        if strict and least > limit:
             raise ValueError(
                 f"state_budget={limit} bytes is less than the least ranks of all projected weights take "
                 f"({math.ceil(least)} bytes); raise it, lower min_rank, or project fewer weights with ignore_modules."
             )
-        more = {key: self._bytes[key] * (high - low) for key, (low, high) in bounds.items()}
-        free = (limit - least) / max(sum(more.values()), 1.0)
-        self._shares = {key: self._bytes[key] * low + free * more[key] for key, (low, _) in bounds.items()}
+        more = {key: one.bytes_at(one.high) - one.bytes_at(one.low) for key, one in extents.items()}
+        free = max(0.0, limit - least) / max(sum(more.values()), 1.0)
+        self._shares = {key: one.bytes_at(one.low) + free * more[key] for key, one in extents.items()}
 
     def cap(self, weight: Key, ranks: Mapping[Key, int]) -> int:
         """Largest rank that ``weight`` may take now; never less than its least one.
@@ -104,5 +133,6 @@ class StateBudget(Generic[Key]):
             weight: Whose rank is chosen.
             ranks: The ranks of the weights that have chosen.
         """
-        slack = sum(self._shares[key] - self._bytes[key] * rank for key, rank in ranks.items() if key != weight)
-        return int((self._shares[weight] + slack) / self._bytes[weight] + 1e-9)
+        others = {key: rank for key, rank in ranks.items() if key != weight}
+        slack = sum(self._shares[key] - self._extents[key].bytes_at(rank) for key, rank in others.items())
+        return self._extents[weight].rank_within(self._shares[weight] + slack)

@@ -125,9 +125,11 @@ class Refresher:
         """Unit vectors, for a weight whose first refresh comes later."""
         return Refresh(bases=self._unit(grad, target, state), found=False, due=False)
 
-    def committed(self, target: Target) -> None:
-        """The rank of a refresh stands in the state now, or was dropped."""
-        self._chosen.pop(target, None)
+    def forget(self, target: Target | None = None) -> None:
+        """The rank of a refresh stands in the state now, or was dropped; without ``target`` those of all."""
+        if target is None:
+            self._chosen.clear()
+        self._chosen.pop(target, None)  # type: ignore[arg-type]
 
     def _known(self, state: WeightState, group: Mapping[str, Any]) -> Known | None:
         # Unit vectors that stand in are no start for a finder.
@@ -173,7 +175,9 @@ class Refresher:
         if state.record(1).refreshed_at >= 0 and self.subspace.orthonormal:
             turns = [turn for turn in (change.left, change.right) if turn is not None]
             # A basis that is stored in half precision is not quite orthonormal, so these could pass 1.
-            overlap = min(1.0, sum(float(turn.square().sum()) / turn.shape[0] for turn in turns) / len(turns))
+            # The narrower basis is the whole of what the two can share.
+            shares = [float(turn.square().sum()) / min(turn.shape) for turn in turns]
+            overlap = min(1.0, sum(shares) / len(turns))
             cosine = min(1.0, sum(abs(float(turn[0, 0])) for turn in turns) / len(turns))
         return Refresh(bases=bases, found=True, change=change, overlap=overlap, cosine=cosine, spectrum=spectrum)
 

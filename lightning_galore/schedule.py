@@ -27,9 +27,11 @@ class RefreshRecord:
         overlap: Overlap of the last two bases in [0, 1], -1.0 before the second refresh.
         start: Step of the first refresh.
         phase: Steps in [0, gap) by which the weight's refreshes are shifted against those of other weights.
+        kept_by: The schedule that has noted what follows (its ``code``); another one begins anew.
         current_gap: The gap as adapted so far, 0 for ``gap`` itself.
-        worth: What a fresh basis is worth one step after it was found: an overlap, or a share of the gradient's
-            energy; -1.0 while unknown.
+        worth: What a fresh basis is worth one step after it was found, in the schedule's own measure: an overlap, or a
+            share of the gradient's energy; -1.0 while unknown.
+        due_at: Step of the next refresh where the schedule has decided it, -1 before that.
         cosines: Of the first vectors of the last bases, oldest first.
     """
 
@@ -39,14 +41,11 @@ class RefreshRecord:
     overlap: float = -1.0
     start: int = 0
     phase: int = 0
+    kept_by: int = 0
     current_gap: int = 0
     worth: float = -1.0
+    due_at: int = -1
     cosines: tuple[float, ...] = ()
-
-    @property
-    def gap_now(self) -> int:
-        """Steps from one refresh to the next, as adapted so far."""
-        return self.current_gap or self.gap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,8 @@ class Schedule(ABC):
         config: Warm-up, bounds and thresholds.
     """
 
+    #: Stands for the schedule in a saved record.
+    code: ClassVar[int]
     #: Whether :meth:`measures` can say yes.
     needs_energy: ClassVar[bool] = False
 
@@ -88,6 +89,7 @@ class Schedule(ABC):
             step: Updates of this weight done so far, so 0 at the first.
             record: The weight's history.
         """
+        record = self._own(record)
         if record.refreshed_at < 0:
             return step >= record.start
         warmup = self.config.refresh_warmup
@@ -104,12 +106,24 @@ class Schedule(ABC):
         """Whether :meth:`note` wants to know the captured energy at ``step``, which costs a pass over the gradient."""
         return False
 
+    def gap_of(self, record: RefreshRecord) -> int:
+        """Steps from one refresh to the next, as adapted so far."""
+        record = self._own(record)
+        return self._bounded(record.current_gap, record) if record.current_gap else record.gap
+
     def note(self, step: int, record: RefreshRecord, seen: Observation) -> RefreshRecord:
         """The record after ``step``."""
+        record = self._own(record)
         if not seen.refreshed:
             return record
         overlap = seen.overlap if seen.overlap >= 0 else record.overlap
         return replace(record, refreshed_at=step, num_refreshes=record.num_refreshes + 1, overlap=overlap)
+
+    def _own(self, record: RefreshRecord) -> RefreshRecord:
+        """The record without what another schedule has noted in it, whose gaps and measures mean something else."""
+        if record.kept_by == self.code:
+            return record
+        return replace(record, kept_by=self.code, current_gap=0, worth=-1.0, due_at=-1, cosines=())
 
     def _bounded(self, gap: int, record: RefreshRecord) -> int:
         low, high = self.config.gap_bounds(record.gap)
@@ -118,8 +132,8 @@ class Schedule(ABC):
     def _interval(self, record: RefreshRecord) -> int:
         """Steps to the next refresh; the first interval is of a length of its own where weights are staggered."""
         if self.config.stagger and record.num_refreshes == 1:
-            return max(1, record.gap_now // 2 + record.phase)
-        return record.gap_now
+            return max(1, self.gap_of(record) // 2 + record.phase)
+        return self.gap_of(record)
 
 
 class FixedGap(Schedule):
@@ -135,6 +149,8 @@ class FixedGap(Schedule):
         [200, 201]
     """
 
+    code: ClassVar[int] = 0
+
     @override
     def _due(self, step: int, record: RefreshRecord) -> bool:
         gap, phase, last = record.gap, record.phase, record.refreshed_at
@@ -147,36 +163,41 @@ class AdaptiveGap(Schedule):
     """A gap that follows the overlap: it doubles while an old basis is worth a fresh one, and halves when it is not.
 
     Bases of two consecutive batches already differ, by an amount that depends on the weight and the rank. So the
-    overlap across a gap is judged against that of two bases found one step apart, never against 1. It is measured by
-    refreshing twice in a row, after the 2nd, 4th, 8th, ... refresh (Q-GaLore, arXiv 2407.08296, has the idea of a gap
-    that grows; the measure is blind to signs and uses the whole basis, and the gap has two bounds).
+    overlap across a gap is judged against that of two bases found one step apart, never against 1. That is measured by
+    refreshing twice in a row: after the 2nd, 4th, 8th, ... refresh, and as long as it is not known (Q-GaLore, arXiv
+    2407.08296, has the idea of a gap that grows; this measure is blind to signs and uses the whole basis, and the gap
+    has two bounds).
     """
+
+    code: ClassVar[int] = 1
 
     @override
     def _due(self, step: int, record: RefreshRecord) -> bool:
         since = step - record.refreshed_at
-        return since >= 1 if self._calibrates(record) else since >= self._interval(record)
+        return since >= self._interval(record) or (since == 1 and self._calibrates(record))
 
     @staticmethod
     def _calibrates(record: RefreshRecord) -> bool:
         count = record.num_refreshes
-        return count >= 2 and count & (count - 1) == 0
+        return count >= 2 and (record.worth < 0 or count & (count - 1) == 0)
 
     @override
     def note(self, step: int, record: RefreshRecord, seen: Observation) -> RefreshRecord:
+        record = self._own(record)
         after = super().note(step, record, seen)
         if not seen.refreshed or seen.overlap < 0:
             return after
-        if self._calibrates(record) and step == record.refreshed_at + 1:
+        across = seen.overlap
+        if step == record.refreshed_at + 1 and self._calibrates(record):
             # The overlap across the gap that went before is judged now, by what has just been measured.
             across = record.overlap
             after = replace(after, worth=seen.overlap, overlap=across)
-        else:
-            across = seen.overlap
-        if after.worth <= 0 or self._calibrates(after) or step < self.config.refresh_warmup:
+        elif step < self.config.refresh_warmup or self._calibrates(after):
+            return after
+        if after.worth <= 0:
             return after
         share = across / after.worth
-        gap = after.gap_now
+        gap = self.gap_of(after)
         if share >= self.config.grow_above:
             gap *= 2
         elif share < self.config.shrink_below:
@@ -191,6 +212,8 @@ class CosineGap(Schedule):
     shrinks; unlike there ``max_gap`` bounds it, and a vector and its negative are alike.
     """
 
+    code: ClassVar[int] = 2
+
     @override
     def _due(self, step: int, record: RefreshRecord) -> bool:
         return step - record.refreshed_at >= self._interval(record)
@@ -200,9 +223,9 @@ class CosineGap(Schedule):
         after = super().note(step, record, seen)
         if not seen.refreshed or seen.cosine < 0:
             return after
-        cosines = (*record.cosines, seen.cosine)[-COS_HISTORY:]
+        cosines = (*after.cosines, seen.cosine)[-COS_HISTORY:]
         grows = len(cosines) == COS_HISTORY and sum(cosines) / COS_HISTORY >= COS_THRESHOLD
-        gap = self._bounded(after.gap_now * 2, record) if grows else after.current_gap
+        gap = self._bounded(self.gap_of(after) * 2, record) if grows else after.current_gap
         return replace(after, cosines=cosines, current_gap=gap)
 
 
@@ -214,16 +237,18 @@ class EnergyGap(Schedule):
     comes ``max_gap`` after the last.
     """
 
+    code: ClassVar[int] = 3
     needs_energy: ClassVar[bool] = True
 
     @override
     def _due(self, step: int, record: RefreshRecord) -> bool:
-        high = self.config.gap_bounds(record.gap)[1]
-        return step - record.refreshed_at >= (record.current_gap or high)
+        latest = record.refreshed_at + self.config.gap_bounds(record.gap)[1]
+        return step >= latest or 0 <= record.due_at <= step
 
     @override
     def measures(self, step: int, record: RefreshRecord) -> bool:
-        if record.refreshed_at < 0 or record.current_gap:
+        record = self._own(record)
+        if record.refreshed_at < 0 or record.due_at >= 0:
             return False
         since = step - record.refreshed_at
         low = self.config.gap_bounds(record.gap)[0]
@@ -233,14 +258,12 @@ class EnergyGap(Schedule):
     def note(self, step: int, record: RefreshRecord, seen: Observation) -> RefreshRecord:
         after = super().note(step, record, seen)
         if seen.refreshed:
-            return replace(after, worth=-1.0, current_gap=0)
+            return replace(after, worth=-1.0, due_at=-1)
         if seen.energy < 0:
             return after
-        if record.worth < 0:
+        if after.worth < 0:
             return replace(after, worth=seen.energy)
-        if seen.energy < self.config.refresh_below * record.worth:
-            return replace(after, current_gap=step + 1 - record.refreshed_at)
-        return after
+        return replace(after, due_at=step + 1) if seen.energy < self.config.refresh_below * after.worth else after
 
 
 SCHEDULES: dict[str, type[Schedule]] = {

@@ -28,6 +28,8 @@ FAILURES = "galore_failures"  # refreshes that were due and found no basis
 OVERLAP = "galore_overlap"  # of the last two bases, -1.0 before the second refresh
 START, PHASE = "galore_start", "galore_phase"  # where the weight stands among staggered ones
 GAP = "galore_gap"  # as adapted so far, 0 for the weight's update_proj_gap
+KEPT_BY = "galore_schedule"  # which schedule has noted the gap, the worth, ...
+DUE_AT = "galore_due_at"  # step of the next refresh where it is decided already
 WORTH = "galore_worth"  # what a fresh basis is worth, by the schedule's measure
 COSINES = "galore_cosines"  # of the last first vectors
 ENERGY = "galore_energy"  # captured by the last basis of the gradient that it was found from
@@ -36,9 +38,9 @@ RECORD = {
     "refreshed_at": REFRESHED_AT,
     "num_refreshes": REFRESHES,
     "overlap": OVERLAP,
-    "start": START,
-    "phase": PHASE,
+    "kept_by": KEPT_BY,
     "current_gap": GAP,
+    "due_at": DUE_AT,
     "worth": WORTH,
     "cosines": COSINES,
 }
@@ -96,21 +98,26 @@ class WeightState:
         """The weight's geometry now: under an adaptive rank the target's rank is only the upper bound."""
         return self._target.with_rank(self._state[BASIS].shape[1]) if self.has_bases else self._target
 
-    def record(self, gap: int, *, start: int = 0, phase: int = 0) -> RefreshRecord:
+    def record(self, gap: int, *, place: tuple[int, int] | None = None) -> RefreshRecord:
         """What a schedule may know.
 
         Args:
             gap: The weight's ``update_proj_gap``.
-            start: Where the weight stands among staggered ones, unless its state says so.
-            phase: Likewise.
+            place: First step and phase of the weight among staggered ones, unless its state says so; None where
+                weights are not staggered, whatever the state says.
         """
         saved = {field: self._state[key] for field, key in RECORD.items() if key in self._state}
         saved["cosines"] = tuple(saved.get("cosines", ()))
-        return RefreshRecord(gap=gap, **{"start": start, "phase": phase, **saved})
+        start, phase = place or (0, 0)
+        if place is not None:
+            start, phase = self._state.get(START, start), self._state.get(PHASE, phase)
+        return RefreshRecord(gap=gap, start=start, phase=phase, **saved)
 
-    def keep_record(self, record: RefreshRecord) -> None:
-        """Write what the schedule knows now."""
+    def keep_record(self, record: RefreshRecord, *, staggered: bool) -> None:
+        """Write what the schedule knows now, and the weight's place if there is one."""
         self._state.update({key: getattr(record, field) for field, key in RECORD.items()})
+        if staggered:
+            self._state.update({START: record.start, PHASE: record.phase})
 
     def keep_bases(self, bases: Sequence[Tensor] | None, *, found: bool, failed: bool, energy: float) -> None:
         """Write what a refresh came to.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_galore.config import CLASS_PREFIX, GaLoreConfig
+from lightning_galore.config import CLASS_PREFIX, GaLoreConfig, names
 from lightning_galore.subspace import Projection, resolve_side
 
 # What the last layer is called in Transformers, timm, torchvision and fairseq; compared with whole parts of a name.
@@ -129,6 +129,9 @@ class Selector:
         self.embeddings: set[Tensor] = set()
         modules = [(clean_name(name), module) for name, module in model.named_modules()] if model is not None else []
         self.linear_names = [name for name, module in modules if isinstance(module, nn.Linear)]
+        for pattern, rank in config.rank_patterns if modules else ():
+            if not any(names(pattern, name) for name, _ in modules):
+                raise ValueError(f"rank_pattern[{pattern!r}]={rank} names no module of the model; mend or remove it.")
         output_modules = set(_output_embeddings(module for _, module in modules))
         for name, module in modules:
             own = [param for param in module._parameters.values() if param is not None]

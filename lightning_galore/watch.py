@@ -14,7 +14,7 @@ from lightning_galore import storage
 from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.low_grad import Projector
 from lightning_galore.refresh import RefreshEvent
-from lightning_galore.subspace import Side
+from lightning_galore.subspace import Projection, Side
 from lightning_galore.targets import Target
 
 
@@ -74,8 +74,7 @@ def statuses(
     for param, group in groups.items():
         target, state, record = targets[param], projector.state_of(param), projector.record_of(param, group)
         low = storage.nbytes(state.own) + storage.nbytes(state.bases if state.has_bases else ())
-        # Moments have the shape of the low-rank gradient, so at full rank they would grow with it.
-        full = storage.nbytes(state.own) * math.prod(param.shape) // math.prod(state.projection.low_shape)
+        full = _full_rank_bytes(state.own, state.projection)
         found.append(
             SubspaceStatus(
                 name=target.name,
@@ -86,7 +85,7 @@ def statuses(
                 refreshed_at=record.refreshed_at,
                 num_refreshes=record.num_refreshes,
                 num_failures=state.num_failures,
-                gap=record.gap_now,
+                gap=projector.schedule.gap_of(record),
                 overlap=record.overlap if record.overlap >= 0 else None,
                 energy_at_refresh=state.energy if state.energy >= 0 else None,
                 energy=projector.energies.get(target),
@@ -95,6 +94,23 @@ def statuses(
             )
         )
     return found
+
+
+def _full_rank_bytes(own: Mapping[str, Any], projection: Projection) -> int:
+    """What the wrapped optimizer's state would take at full rank: it grows along each projected axis."""
+    grown = tuple(full / low for full, low in zip(projection.shape, projection.low_shape, strict=True))
+    total = 0.0
+    for key, value in own.items():
+        if not isinstance(value, Tensor):
+            continue
+        factor = 1.0
+        if value.ndim == 2:
+            pairs = zip(value.shape, projection.low_shape, grown, strict=True)
+            factor = math.prod(growth for size, low, growth in pairs if size == low)
+        elif key.startswith("absmax"):  # a scale for each block of 8-bit codes
+            factor = math.prod(grown)
+        total += storage.nbytes(value) * factor
+    return round(total)
 
 
 class SubspaceControls:
@@ -121,6 +137,8 @@ class SubspaceControls:
                 f"{', '.join(others)}: no setting of a schedule; choose among {', '.join(SCHEDULE_SETTINGS)}."
             )
         config = self.config.with_settings(**settings)
+        for group in self.param_groups:
+            config.for_group(group)  # a gap of its own must lie within the bounds too
         for optimizer in (self, getattr(self, "_optimizer", self)):  # a LightningOptimizer keeps attributes of its own
             vars(optimizer)["config"] = config
         self._projector.reschedule(config)
@@ -130,9 +148,15 @@ class SubspaceControls:
         """Measure at every step how much of each gradient its basis holds: one pass over the gradient more."""
         self._projector.watching = watching
 
-    def on_refresh(self, listener: Callable[[RefreshEvent], None] | None) -> None:
-        """Tell ``listener`` of every refresh from now on, when its step has been taken; None for nobody."""
-        self._projector.listener = listener
+    def on_refresh(self, listener: Callable[[RefreshEvent], None]) -> Callable[[], None]:
+        """Tell ``listener`` of every refresh from now on, when its step has been taken.
+
+        Returns:
+            What to call when it shall not be told any more.
+        """
+        listeners = self._projector.listeners
+        listeners.append(listener)
+        return lambda: listeners.remove(listener)
 
     @property
     def refresh_seconds(self) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.rank import RANK_RULES, EnergyRank, NoiseEdgeRank, StateBudget
+from lightning_galore.rank import RANK_RULES, EnergyRank, Extent, NoiseEdgeRank, StateBudget
 from tests.helpers import decaying_matrix
 
 
@@ -60,27 +60,31 @@ def test_every_rule_can_be_named() -> None:
     assert {"fixed", *RANK_RULES} == {"fixed", "energy", "noise_edge"}
 
 
+def extent(low: int, high: int, per_rank: float, fixed: float = 0.0) -> Extent:
+    return Extent(low=low, high=high, low_bytes=fixed + per_rank * low, high_bytes=fixed + per_rank * high)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_budget_holds_whatever_the_order_and_whatever_is_wanted(seed: int) -> None:
     dice = random.Random(seed)
-    names = [f"w{i}" for i in range(6)]
-    per_rank = {name: float(dice.randrange(10, 500)) for name in names}
-    bounds = {name: (dice.randrange(1, 3), dice.randrange(8, 64)) for name in names}
-    whole = sum(per_rank[name] * bounds[name][1] for name in names)
-    budget = StateBudget(int(0.4 * whole), per_rank, bounds)
+    extents = {
+        f"w{i}": extent(dice.randrange(1, 3), dice.randrange(8, 64), dice.randrange(10, 500), dice.randrange(0, 300))
+        for i in range(6)
+    }
+    limit = int(0.4 * sum(one.high_bytes for one in extents.values()))
+    budget = StateBudget(limit, extents)
     ranks: dict[str, int] = {}
     for _ in range(200):
-        name = dice.choice(names)
-        low, high = bounds[name]
+        name = dice.choice(list(extents))
+        one = extents[name]
         cap = budget.cap(name, ranks)
-        assert cap >= low
-        ranks[name] = max(low, min(dice.randrange(1, 64), high, cap))
-        assert sum(per_rank[key] * rank for key, rank in ranks.items()) <= 0.4 * whole
+        assert one.low <= cap <= one.high
+        ranks[name] = max(one.low, min(dice.randrange(1, 64), cap))
+        assert sum(extents[key].bytes_at(rank) for key, rank in ranks.items()) <= limit
 
 
 def test_budget_is_used_up_where_all_want_all() -> None:
-    per_rank, bounds = dict.fromkeys("abcd", 100.0), dict.fromkeys("abcd", (1, 50))
-    budget = StateBudget(10_000, per_rank, bounds)
+    budget = StateBudget(10_000, dict.fromkeys("abcd", extent(1, 50, 100.0)))
     ranks: dict[str, int] = {}
     for name in "abcd":
         ranks[name] = min(50, budget.cap(name, ranks))
@@ -89,11 +93,19 @@ def test_budget_is_used_up_where_all_want_all() -> None:
 
 
 def test_what_one_weight_leaves_another_may_take() -> None:
-    budget = StateBudget(10_000, dict.fromkeys("abcd", 100.0), dict.fromkeys("abcd", (1, 50)))
+    budget = StateBudget(10_000, dict.fromkeys("abcd", extent(1, 90, 100.0)))
     assert budget.cap("d", {"a": 5, "b": 5, "c": 5}) == 85
     assert budget.cap("d", {"a": 5}) == 45  # b and c keep their shares
 
 
+def test_who_holds_too_much_already_leaves_the_others_their_least() -> None:
+    """From a checkpoint without a budget, or where weights have come later."""
+    budget = StateBudget(1_000, dict.fromkeys("ab", extent(2, 50, 100.0)))
+    assert budget.cap("b", {"a": 50}) == 2
+    assert budget.cap("a", {"a": 50, "b": 2}) == 8
+
+
 def test_budget_that_not_even_the_least_ranks_fit_into_is_refused() -> None:
     with pytest.raises(ValueError, match=r"state_budget=100 bytes is less than the least ranks .* \(200 bytes\)"):
-        StateBudget(100, {"a": 100.0}, {"a": (2, 4)})
+        StateBudget(100, {"a": extent(2, 4, 100.0)})
+    assert StateBudget(100, {"a": extent(2, 4, 100.0)}, strict=False).cap("a", {}) == 2

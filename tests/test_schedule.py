@@ -56,6 +56,10 @@ def simulate(
     return tried, done, record, measured
 
 
+def adapted(record: RefreshRecord) -> int:
+    return record.current_gap or record.gap
+
+
 def test_every_schedule_can_be_named() -> None:
     assert {"auto", *SCHEDULES} == set(get_args(ScheduleName))
     assert SCHEDULES[GaLoreConfig().schedule] is FixedGap
@@ -159,7 +163,7 @@ def test_adaptive_gap_grows_where_an_old_basis_is_worth_a_fresh_one() -> None:
     # Bases of any two steps overlap by 0.35: what fell was batch noise, and that within one step.
     _, done, record, _ = simulate(schedule(schedule="adaptive", update_proj_gap=50), 2000, overlap=lambda since: 0.35)
     assert done[:4] == [0, 50, 51, 151]  # 51 calibrates
-    assert record.gap_now == 400  # eight times the gap is the upper bound
+    assert adapted(record) == 400  # eight times the gap is the upper bound
     assert len(done) < 2000 / 50 / 2
     assert record.overlap == 0.35
 
@@ -171,7 +175,7 @@ def test_adaptive_gap_shrinks_where_the_subspace_turns() -> None:
         1000,
         overlap=lambda since: turning.get(since, 0.1),
     )
-    assert record.gap_now == 10
+    assert adapted(record) == 10
     assert len(done) > 1000 / 80
 
 
@@ -179,7 +183,7 @@ def test_adaptive_gap_stays_in_between() -> None:
     _, _, record, _ = simulate(
         schedule(schedule="adaptive", update_proj_gap=20), 500, overlap=lambda since: 0.6 if since == 1 else 0.45
     )
-    assert record.gap_now == 20
+    assert adapted(record) == 20
 
 
 def test_adaptive_gap_judges_against_a_worth_that_is_measured_anew() -> None:
@@ -191,16 +195,53 @@ def test_adaptive_gap_judges_against_a_worth_that_is_measured_anew() -> None:
     assert record.worth == 0.8
     calibrated = [after for before, after in zip(done, done[1:], strict=False) if after == before + 1]
     assert len(calibrated) == 4  # after the 2nd, 4th, 8th and 16th refresh
-    assert record.gap_now == 10
+    assert adapted(record) == 10
 
 
 def test_failed_calibration_is_not_taken_for_one() -> None:
-    # The basis of step 12 is two steps younger: its overlap is across a gap, not the worth of a fresh one.
+    # The overlap of 0.1 across the gap of 10 would double it if it were judged by that of the next gap.
     _, done, record, _ = simulate(
-        schedule(schedule="adaptive", update_proj_gap=10), 13, fails=lambda step: step == 11, overlap=lambda since: 0.3
+        schedule(schedule="adaptive", update_proj_gap=10, min_gap=1),
+        22,
+        fails=lambda step: step == 11,
+        overlap=lambda since: 0.1,
     )
-    assert done == [0, 10, 12]
-    assert record.worth == -1.0
+    assert done == [0, 10, 20, 21]  # it is made up for after the next refresh
+    assert record.worth == 0.1
+    assert adapted(record) == 20
+
+
+def test_adaptive_gap_begins_to_adapt_whenever_it_takes_over() -> None:
+    """After a warm-up, or another schedule, the number of refreshes may be far from a power of two."""
+    decide = schedule(schedule="adaptive", update_proj_gap=40, refresh_warmup=200)
+    _, done, record, _ = simulate(decide, 600, overlap=lambda since: 0.35)
+    late = [step for step in done if step >= 200]
+    assert late[1] == late[0] + 1
+    assert adapted(record) > 40
+    fixed = RefreshRecord(gap=10, refreshed_at=200, num_refreshes=21, overlap=0.3)
+    assert schedule(schedule="adaptive", update_proj_gap=10).due(201, fixed)
+
+
+@pytest.mark.parametrize("before", SCHEDULES)
+@pytest.mark.parametrize("after", SCHEDULES)
+def test_a_schedule_forgets_what_another_has_noted(before: str, after: str) -> None:
+    overlap = lambda since: 0.5  # noqa: E731
+    *_, record, _ = simulate(schedule(schedule=before, update_proj_gap=10), 300, overlap=overlap)
+    decide = schedule(schedule=after, update_proj_gap=10)
+    if before == after:
+        assert decide._own(record) == record
+        return
+    assert decide.gap_of(record) == 10
+    noted = decide.note(301, record, Observation(refreshed=True, overlap=0.5, cosine=0.5, energy=0.5))
+    assert noted.worth == -1.0
+    assert len(noted.cosines) <= 1
+    assert (noted.refreshed_at, noted.num_refreshes) == (301, record.num_refreshes + 1)
+
+
+def test_new_bounds_hold_at_once() -> None:
+    *_, record, _ = simulate(schedule(schedule="adaptive", update_proj_gap=10), 600, overlap=lambda since: 0.5)
+    assert adapted(record) == 80
+    assert schedule(schedule="adaptive", update_proj_gap=10, max_gap=12).gap_of(record) == 12
 
 
 # -- Q-GaLore's rule ---------------------------------------------------------------------------------------------------
@@ -210,9 +251,9 @@ def test_cos_doubles_after_five_alike_and_never_shrinks() -> None:
     _, done, record, _ = simulate(schedule(schedule="cos", update_proj_gap=10), 400, overlap=lambda since: 0.5)
     assert done[:6] == [0, 10, 20, 30, 40, 50]  # five cosines are in at the sixth refresh
     assert done[6] == 70
-    assert record.gap_now == 80  # the bound, which Q-GaLore has not
+    assert adapted(record) == 80  # the bound, which Q-GaLore has not
     _, done, record, _ = simulate(schedule(schedule="cos", update_proj_gap=10), 400, overlap=lambda since: 0.3)
-    assert record.gap_now == 10
+    assert adapted(record) == 10
     assert len(record.cosines) == 5
 
 
@@ -238,5 +279,5 @@ def test_energy_refreshes_at_the_latest_after_the_largest_gap_and_not_before_the
 
 def test_energy_that_could_not_be_measured_changes_nothing() -> None:
     decide = schedule(schedule="energy", update_proj_gap=10)
-    record = RefreshRecord(gap=10, refreshed_at=0, num_refreshes=1)
+    record = RefreshRecord(gap=10, refreshed_at=0, num_refreshes=1, kept_by=decide.code)
     assert decide.note(1, record, Observation(refreshed=False, energy=-1.0)) == record

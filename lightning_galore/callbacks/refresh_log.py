@@ -46,7 +46,7 @@ class RefreshLog:
             event: What happened.
         """
         key = (optimizer, event.name)
-        if event.found and key in self._last and 0 <= event.step - self._last[key] < self._every:
+        if key in self._last and 0 <= event.step - self._last[key] < self._every:
             return
         self._last[key] = event.step
         shape = "x".join(map(str, event.shape))

@@ -26,9 +26,10 @@ class SubspaceScheduler(Callback):
     Settings that you give replace those of the strategy; with none it only watches. It logs when Lightning logs (every
     ``log_every_n_steps``), as ``galore/...``: ``drift_mean`` and ``drift_max`` of the last refreshes, the share of the
     gradients' energy that the bases hold (``captured_energy``), ``gap_mean``, ``rank_mean``, the number of
-    ``refreshes`` so far, the share of the time since the last log that went into them (``refresh_time_share``),
-    ``state_bytes`` and ``bytes_saved`` against full-rank moments. Several optimizers get a number behind the name. What
-    each weight's schedule has learnt is in the optimizer's state, so a run resumes where it was.
+    ``refreshes`` so far, the ``refresh_seconds`` that they took and their share of the time since the last log
+    (``refresh_time_share``), ``state_bytes``, and ``bytes_saved`` against full-rank moments. Several optimizers get a
+    number behind the name. What each weight's schedule has learnt is in the optimizer's state, so a run resumes where
+    it was.
 
     Args:
         schedule: When a basis is refreshed; see :class:`~lightning_galore.GaLoreConfig` for this and the next.
@@ -87,8 +88,10 @@ class SubspaceScheduler(Callback):
         self.settings = {name: value for name, value in settings.items() if value is not None}
         self.per_layer, self.write_refreshes = per_layer, write_refreshes
         self._optimizers: list[GaLoreOptimizer] = []
+        self._silences: list[Callable[[], None]] = []
         self._log: RefreshLog | None = None
         self._logs_now = False
+        self._step = 0
         self._seconds_before = 0.0  # spent on refreshes in the runs that this one goes on from
         self._marks: tuple[float, float] = (0.0, 0.0)
 
@@ -112,7 +115,7 @@ class SubspaceScheduler(Callback):
         for index, optimizer in enumerate(self._optimizers):
             if self.settings:
                 optimizer.set_schedule(**self.settings)
-            optimizer.on_refresh(self._noting(index))
+            self._silences.append(optimizer.on_refresh(self._noting(index)))
         self._marks = (time.perf_counter(), self._spent())
 
     def _noting(self, index: int) -> Callable[[Any], None]:
@@ -121,6 +124,7 @@ class SubspaceScheduler(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._logs_now = bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+        self._step = trainer.global_step
         for optimizer in self._optimizers:
             optimizer.watch(self._logs_now)
 
@@ -130,9 +134,12 @@ class SubspaceScheduler(Callback):
     ) -> None:
         if self._log is not None:
             self._log.flush()
-        if not self._logs_now:
+        if not self._logs_now or trainer.global_step == self._step:  # or only accumulated
             return
-        metrics: dict[str, float] = {"galore/refresh_time_share": self._time_share()}
+        metrics: dict[str, float] = {
+            "galore/refresh_time_share": self._time_share(),
+            "galore/refresh_seconds": self._seconds_before + self._spent(),
+        }
         if torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda":
             metrics["galore/peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(trainer.strategy.root_device))
         for index, optimizer in enumerate(self._optimizers):
@@ -157,9 +164,14 @@ class SubspaceScheduler(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._log is not None:
             self._log.flush()
+            self._log = None
+        for silence in self._silences:
+            silence()
         for optimizer in self._optimizers:
             optimizer.watch(False)
-            optimizer.on_refresh(None)
+        # Nothing of the run is kept alive, and another fit of this object goes on counting.
+        self._seconds_before += self._spent()
+        self._optimizers, self._silences = [], []
 
     @override
     def state_dict(self) -> dict[str, Any]:

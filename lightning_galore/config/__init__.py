@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every setting of low-rank training: names, defaults, ranges and their error messages. Holds primitives only."""
 
+from lightning_galore.config.checks import names
 from lightning_galore.config.presets import (
     AUTO,
     CLASS_PREFIX,
@@ -35,4 +36,5 @@ __all__ = [
     "RankRuleName",
     "ScheduleName",
     "SubspaceName",
+    "names",
 ]

@@ -76,6 +76,8 @@ def as_patterns(name: str, value: str | type | Sequence[str | type]) -> tuple[st
 
 def as_rank_pattern(name: str, value: Any) -> tuple[tuple[str, int | float], ...]:
     """Ranks by module name as pairs in the order given, which can be hashed and saved."""
+    if value is None:
+        return ()
     try:
         pairs = tuple((pattern, rank) for pattern, rank in (value.items() if isinstance(value, Mapping) else value))
     except (TypeError, ValueError) as error:
@@ -91,3 +93,8 @@ def as_rank_pattern(name: str, value: Any) -> tuple[tuple[str, int | float], ...
         except re.error as error:
             raise ValueError(f"{name}: {pattern!r} is not a valid regular expression ({error}).") from error
     return pairs
+
+
+def names(pattern: str, module: str) -> bool:
+    """Whether a substring or expression names a module."""
+    return pattern in module or re.fullmatch(pattern, module) is not None

@@ -66,8 +66,8 @@ def check_subspace(config: GaLoreConfig) -> None:
             f"moments={config.moments!r} turns moments from one orthonormal basis to the next, and those of "
             "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
         )
-    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns"):
+    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track"):
         raise ValueError(
-            f"rank_rule={config.rank_rule!r} looks at singular values, which subspace={config.subspace!r} does not "
-            "find; use rank_rule='fixed', or a subspace such as 'randomized'."
+            f"rank_rule={config.rank_rule!r} looks at singular values of the gradient, which "
+            f"subspace={config.subspace!r} does not find; use rank_rule='fixed', or a subspace such as 'randomized'."
         )

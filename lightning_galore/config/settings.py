@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -14,6 +13,7 @@ from lightning_galore.config.checks import (
     as_rank_pattern,
     check_bool,
     check_choice,
+    names,
 )
 from lightning_galore.config.presets import (
     AUTO,
@@ -129,7 +129,7 @@ class GaLoreConfig:
     rank_rule: RankRuleName = "fixed"
     rank_energy: float = 0.9
     min_rank: int = 1
-    rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] = ()
+    rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
     state_budget: int | None = None
     tracking_rho: float = 0.9
     lift: LiftName = "project_back"
@@ -195,12 +195,14 @@ class GaLoreConfig:
             shape: ``(m, n)`` of the weight.
             named: The ``rank`` of its param group, which wins.
         """
-        by_name = (rank for pattern, rank in self._patterns() if pattern in module or re.fullmatch(pattern, module))
-        rank = next(by_name, self.rank) if named is None else named
+        rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
+        rank = rank if named is None else named
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
 
-    def _patterns(self) -> tuple[tuple[str, int | float], ...]:
-        return self.rank_pattern  # type: ignore[return-value]  # written as pairs once the configuration is made
+    @property
+    def rank_patterns(self) -> tuple[tuple[str, int | float], ...]:
+        """``rank_pattern`` as pairs, as which it is kept."""
+        return self.rank_pattern  # type: ignore[return-value]
 
     @classmethod
     def from_galore_torch(cls, group: Mapping[str, Any], **overrides: Any) -> GaLoreConfig:

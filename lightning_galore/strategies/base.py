@@ -161,7 +161,7 @@ class GaLoreStrategy(BackwardModes):
             rank_rule=rank_rule,
             rank_energy=rank_energy,
             min_rank=min_rank,
-            rank_pattern=rank_pattern or {},
+            rank_pattern=rank_pattern,
             state_budget=state_budget,
             tracking_rho=tracking_rho,
             lift=lift,

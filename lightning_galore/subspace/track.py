@@ -18,11 +18,13 @@ from lightning_galore.subspace.randomized import Randomized
 
 
 class Track(Subspace):
-    """One power iteration from the last basis on ``B = rho M + (1 - rho) G``, with ``M`` the lifted first moment.
+    """One power iteration from the last basis on ``B = rho M/|M| + (1 - rho) G/|G|``, ``M`` the lifted first moment.
 
-    What LDAdam (arXiv 2410.16103) does at each step; ``B`` of full size is never formed, only its products. It is meant
-    to be refreshed often, down to each step: two products with the gradient and one QR. Without a last basis, or when
-    ``B`` does not touch it, this is ``randomized`` on ``G``. The spectrum estimates that of ``B``, not of ``G``.
+    Related to LDAdam (arXiv 2410.16103), which does not divide by the norms: here the basis depends on directions only,
+    so that neither a loss scale nor clipping, of which the gradient may not know yet, changes it. ``B`` of full size is
+    never formed, only its products. It is meant to be refreshed often, down to each step: two products with the
+    gradient and one QR. Without a last basis, or when ``B`` does not touch it, this is ``randomized`` on ``G``. The
+    spectrum estimates that of ``B``, not of ``G``.
 
     Args:
         rho: Weight of the first moment, in ``[0, 1)``; 0 where the wrapped optimizer keeps none.
@@ -63,7 +65,7 @@ class Track(Subspace):
 
 @dataclass(frozen=True)
 class _Blend:
-    """``B = rho left right^T + (1 - rho) grad``, known by its products: no buffer of full size.
+    """``rho left right^T + (1 - rho) grad``, in proportion to ``B``, known by its products: no buffer of full size.
 
     Args:
         grad: ``(m, n)``.
@@ -84,6 +86,11 @@ class _Blend:
         if known.momentum is None:
             return cls(grad, grad[:, :0], grad[:0].mT, 0.0)
         low = known.momentum.to(grad.dtype)
+        # The gradient may come scaled for the loss, and unclipped; the moment, of what the optimizer got, never does.
+        # In fp64, for the squares of fp32 can leave its range.
+        size, whole = (torch.linalg.vector_norm(one, dtype=torch.float64) for one in (low, grad))
+        ratio = torch.where(size > 0, whole / size, torch.zeros_like(size))
+        low = (low * ratio).to(grad.dtype)
         if projection.side == "left":
             return cls(grad, first, low.mT, rho)
         return cls(grad, first @ low if projection.side == "full" else low, last, rho)

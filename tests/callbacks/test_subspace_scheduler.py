@@ -30,7 +30,15 @@ from tests.strategies.modules import (
     the_optimizer,
 )
 
-AGGREGATES = {"refresh_time_share", "gap_mean", "rank_mean", "refreshes", "state_bytes", "bytes_saved"}
+AGGREGATES = {
+    "refresh_time_share",
+    "refresh_seconds",
+    "gap_mean",
+    "rank_mean",
+    "refreshes",
+    "state_bytes",
+    "bytes_saved",
+}
 ONCE_REFRESHED_TWICE = {"drift_mean", "drift_max"}
 
 
@@ -214,8 +222,34 @@ def test_validation_and_test_work_with_it() -> None:
 def test_nobody_listens_after_the_run() -> None:
     trainer, _ = run(SubspaceScheduler())
     projector = the_optimizer(trainer)._projector
-    assert projector.listener is None
+    assert projector.listeners == []
     assert projector.watching is False
+
+
+def test_time_share_under_accumulation_is_that_of_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 0.0}
+    monkeypatch.setattr("lightning_galore.callbacks.subspace_scheduler.time.perf_counter", lambda: clock["now"])
+
+    class Slow(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            clock["now"] += 1.0
+            return super().training_step(batch, batch_idx)
+
+    callback = SubspaceScheduler()
+    monkeypatch.setattr(callback, "_spent", lambda: clock["now"] / 4)
+    _, logged = run(callback, model=Slow(adamw), accumulate_grad_batches=3, log_every_n_steps=2)
+    assert [metrics["galore/refresh_time_share"] for _, metrics in logged] == [0.25] * 3
+
+
+def test_another_fit_with_the_same_object(tmp_path: Path) -> None:
+    callback = SubspaceScheduler()
+    logger = CSVLogger(tmp_path)
+    run(callback, logger=logger)
+    lines, seconds = read(Path(logger.log_dir) / FILE_NAME), callback.state_dict()["refresh_seconds"]
+    _, logged = run(callback)
+    assert read(Path(logger.log_dir) / FILE_NAME) == lines
+    assert callback.state_dict()["refresh_seconds"] > seconds > 0
+    assert logged[-1][1]["galore/refresh_seconds"] == pytest.approx(callback.state_dict()["refresh_seconds"])
 
 
 def test_several_optimizers_get_numbers() -> None:

@@ -17,8 +17,12 @@ def lifted(momentum: Tensor, side: str, bases: tuple[Tensor, ...]) -> Tensor:
 
 
 def tracked(grad: Tensor, side: str, bases: tuple[Tensor, ...], momentum: Tensor | None, rho: float) -> list[Tensor]:
-    """``qr(B B^T P)`` or ``qr(B^T B Q)`` with ``B = rho M + (1 - rho) G``, each vector turned towards its last self."""
-    blend = grad if momentum is None else rho * lifted(momentum, side, bases) + (1 - rho) * grad
+    """``qr(B B^T P)`` or ``qr(B^T B Q)``, each vector turned towards its last self.
+
+    ``B = rho M/|M| + (1 - rho) G/|G|``.
+    """
+    moment = None if momentum is None else lifted(momentum, side, bases)
+    blend = grad if moment is None else rho * moment / moment.norm() + (1 - rho) * grad / grad.norm()
     sides = {"left": (blend,), "right": (blend.T,), "full": (blend, blend.T)}[side]
     new = []
     for matrix, old in zip(sides, bases, strict=True):
