@@ -85,7 +85,7 @@ from lightning_galore.subspace import SUBSPACES
             )
             for subspace in ("gaussian", "random_orthonormal", "columns")
         ),
-        ({"tracking_rho": 1.0}, r"tracking_rho=1\.0 must be in \[0, 1\); 0\.9 follows the first moment mostly"),
+        ({"tracking_rho": 1.0}, r"tracking_rho=1\.0 must be in \[0, 1\); 0\.7 follows the first moment mostly"),
         ({"tracking_rho": -0.1}, r"tracking_rho=-0\.1 must be in \[0, 1\)"),
         ({"clip_weight_norm": 0.0}, r"clip_weight_norm=0\.0 must be positive and finite; None clips nothing"),
         ({"lift": "fira"}, r"lift='fira' is not known; choose one of 'project_back'"),

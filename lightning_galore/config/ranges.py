@@ -19,7 +19,7 @@ def check_numbers(config: GaLoreConfig) -> None:
     if isinstance(config.rank, int) and config.min_rank > config.rank:
         raise ValueError(f"min_rank={config.min_rank} is above rank={config.rank}, the upper bound; lower it.")
     check_share("rank_energy", config.rank_energy, remedy="0.9 holds nine tenths of the gradient's energy")
-    check_share("tracking_rho", config.tracking_rho, below_one=True, remedy="0.9 follows the first moment mostly")
+    check_share("tracking_rho", config.tracking_rho, below_one=True, remedy="0.7 follows the first moment mostly")
     check_positive("scale", config.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
     check_positive("dense_lr_factor", config.dense_lr_factor, remedy="1.0 leaves the learning rate as it is")
     if config.clip_weight_norm is not None:

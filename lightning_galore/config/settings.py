@@ -131,7 +131,7 @@ class GaLoreConfig:
     min_rank: int = 1
     rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
     state_budget: int | None = None
-    tracking_rho: float = 0.9
+    tracking_rho: float = 0.7
     lift: LiftName = "project_back"
     basis_storage: BasisStorage = "param"
     clip_weight_norm: float | None = None

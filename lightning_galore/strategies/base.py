@@ -121,7 +121,7 @@ class GaLoreStrategy(BackwardModes):
         min_rank: int = 1,
         rank_pattern: dict[str, int | float] | None = None,
         state_budget: int | None = None,
-        tracking_rho: float = 0.9,
+        tracking_rho: float = 0.7,
         lift: LiftName = "project_back",
         basis_storage: BasisStorage = "param",
         clip_weight_norm: float | None = None,

@@ -33,7 +33,7 @@ class Track(Subspace):
     continuous: ClassVar[bool] = True
     uses_momentum: ClassVar[bool] = True
 
-    def __init__(self, rho: float = 0.9) -> None:
+    def __init__(self, rho: float = 0.7) -> None:
         self.rho = rho
 
     @classmethod
