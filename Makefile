@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-slow test-oldest lint format clean
+.PHONY: help demo bench compare test test-slow test-oldest lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: $(STAMP) $(DEMO_STAMP) $(VADER) ## fine-tune a small encoder on a real sen
 
 bench: $(STAMP) ## time refreshes and optimizer steps beside galore-torch and torch (ten minutes on an idle CPU)
 	$(BIN)/python -m benchmarks $(BENCH)
+
+compare: $(STAMP) ## methods on real text, learning rates tuned for all (hours; COMPARE="--variants plain default")
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convergence $(COMPARE)
 
 test: $(STAMP) ## the fast suite (minutes, CPU, no download but the environment)
 	$(PYTEST) -m "not slow and not network and not oldest"

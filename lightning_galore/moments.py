@@ -186,9 +186,9 @@ class Keep(Moments):
 class RotateFirst(Keep):
     """First moments get their new coordinates, exactly where the basis spans the same; second ones stay.
 
-    But no second moment stays below the square of the first one beside it: a mean of squares is never less than the
-    square of the mean. Without that, a coordinate that had no gradient before could take a step without bound.
-    Where an optimizer subtracts the square of the mean from a second moment (centered RMSprop), the difference stays.
+    But no coordinate shall step farther than the one that stepped farthest before, in units of the root of its second
+    moment (or than that root): where it would, the second moment is raised. Without that, a coordinate that had no
+    gradient before, and gets a first moment from others, could take a step without bound. Where an optimizer subtracts the square of the mean from a second moment (centered RMSprop), the difference stays.
     """
 
     moves: ClassVar[frozenset[StateKind]] = frozenset({"first", "centered", "second", "magnitude", "maximum"})
@@ -207,8 +207,10 @@ class RotateFirst(Keep):
         kept = super()._moved(low, kind, change, mean)
         if mean is None or kind not in ("second", "magnitude"):
             return kept
-        least = mean[1].abs() if kind == "magnitude" else mean[1].square()
-        return torch.maximum(kept, least.to(kept.dtype))
+        before, after = (one.abs() if kind == "magnitude" else one.square() for one in mean)
+        farthest = torch.where(low > 0, before / low, torch.zeros_like(before)).amax().clamp(min=1)
+        # A little less, so that rounding raises nothing where the coordinates stay.
+        return torch.maximum(kept, (after / farthest * (1 - 1e-5)).to(kept.dtype))
 
 
 class Rotate(RotateFirst):

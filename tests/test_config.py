@@ -62,8 +62,8 @@ from lightning_galore.subspace import SUBSPACES
         ({"grow_above": 1.5}, r"grow_above=1\.5 must be in \(0, 1\]; it is a share of what a fresh basis is worth"),
         ({"shrink_below": 0.0}, r"shrink_below=0\.0 must be in \(0, 1\]"),
         ({"refresh_below": -0.5}, r"refresh_below=-0\.5 must be in \(0, 1\]"),
-        ({"shrink_below": 0.9}, r"shrink_below=0\.9 must be less than grow_above=0\.9; lower it"),
-        ({"grow_above": 0.5}, r"shrink_below=0\.6 must be less than grow_above=0\.5"),
+        ({"shrink_below": 0.9}, r"shrink_below=0\.9 must be less than grow_above=0\.7; lower it"),
+        ({"grow_above": 0.3}, r"shrink_below=0\.4 must be less than grow_above=0\.3"),
         *(
             (
                 {"subspace": "gaussian", "schedule": schedule},

@@ -181,7 +181,7 @@ def test_adaptive_gap_shrinks_where_the_subspace_turns() -> None:
 
 def test_adaptive_gap_stays_in_between() -> None:
     _, _, record, _ = simulate(
-        schedule(schedule="adaptive", update_proj_gap=20), 500, overlap=lambda since: 0.6 if since == 1 else 0.45
+        schedule(schedule="adaptive", update_proj_gap=20), 500, overlap=lambda since: 0.6 if since == 1 else 0.33
     )
     assert adapted(record) == 20
 

@@ -122,8 +122,8 @@ class GaLoreConfig:
     refresh_warmup: int = 0
     min_gap: int | None = None
     max_gap: int | None = None
-    grow_above: float = 0.9
-    shrink_below: float = 0.6
+    grow_above: float = 0.7
+    shrink_below: float = 0.4
     refresh_below: float = 0.7
     moments: MomentsName = "auto"
     rank_rule: RankRuleName = "fixed"

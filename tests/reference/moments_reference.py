@@ -41,9 +41,11 @@ def adam_second(
 def floored_second(
     v: Tensor, m: Tensor, left: Tensor | None, right: Tensor | None, *, step: int, betas: tuple[float, float]
 ) -> Tensor:
-    """``v`` as it is, but ``v' / bc2`` nowhere below ``(m' / bc1)^2``."""
+    """``v`` as it is, but ``(m' / bc1)^2 / (v' / bc2)`` nowhere above its largest value before, or 1."""
     bc1, bc2 = 1 - betas[0] ** step, 1 - betas[1] ** step
-    return v.double().maximum((apply(m, left, right) / bc1) ** 2 * bc2)
+    v, m = v.double(), m.double()
+    farthest = max(1.0, float(((m / bc1) ** 2 / (v / bc2)).max()))
+    return v.maximum((apply(m, left, right) / bc1) ** 2 * bc2 / farthest * (1 - 1e-5))
 
 
 def adamax_inf(u: Tensor, m: Tensor, left: Tensor | None, right: Tensor | None, *, step: int, beta1: float) -> Tensor:

@@ -149,8 +149,8 @@ def test_the_keywords_are_those_of_the_configuration() -> None:
     fields = {field.name: field for field in dataclasses.fields(GaLoreConfig)}
     assert list(parameters) == ["self", *fields, "base", "kwargs"]
     ours, theirs = typing.get_type_hints(GaLoreStrategy.__init__), typing.get_type_hints(GaLoreConfig)
-    # A mapping in YAML is a dict, and a configuration keeps it as pairs.
-    assert (parameters["rank_pattern"].default, fields.pop("rank_pattern").default) == (None, ())
+    # A mapping in YAML is a dict; a configuration keeps it as pairs.
+    assert (parameters["rank_pattern"].default, fields.pop("rank_pattern").default) == (None, None)
     assert ours["rank_pattern"] == (dict[str, int | float] | None)
     for name, field in fields.items():
         assert parameters[name].default == field.default, name
