@@ -188,7 +188,8 @@ class RotateFirst(Keep):
 
     But no coordinate shall step farther than the one that stepped farthest before, in units of the root of its second
     moment (or than that root): where it would, the second moment is raised. Without that, a coordinate that had no
-    gradient before, and gets a first moment from others, could take a step without bound. Where an optimizer subtracts the square of the mean from a second moment (centered RMSprop), the difference stays.
+    gradient before, and gets a first moment from others, could take a step without bound. Where an optimizer subtracts
+    the square of the mean from a second moment (centered RMSprop), the difference stays.
     """
 
     moves: ClassVar[frozenset[StateKind]] = frozenset({"first", "centered", "second", "magnitude", "maximum"})
