@@ -81,7 +81,7 @@ from lightning_galore.subspace import SUBSPACES
         *(
             (
                 {"subspace": subspace, "rank_rule": "energy"},
-                rf"rank_rule='energy' looks at singular values of the gradient, which subspace='{subspace}' does not find",
+                rf"rank_rule='energy' looks at singular values of the gradient, which subspace='{subspace}' does not",
             )
             for subspace in ("gaussian", "random_orthonormal", "columns")
         ),
