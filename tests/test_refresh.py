@@ -356,8 +356,8 @@ def test_set_schedule_checks_the_gaps_of_groups_too() -> None:
 
 
 def test_rank_pattern_that_names_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rank_pattern\['querry'\]=3 names no module of the model; mend or remove"):
-        make(rank_pattern={"querry": 3})
+    with pytest.raises(ValueError, match=r"rank_pattern\['nowhere'\]=3 names no module of the model; mend or remove"):
+        make(rank_pattern={"nowhere": 3})
 
 
 # -- what can be seen --------------------------------------------------------------------------------------------------
