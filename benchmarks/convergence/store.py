@@ -86,11 +86,22 @@ class Store:
         self._runs[run.key] = run
 
 
+#: Settings that play a part only where an axis has a certain choice; elsewhere their defaults may move.
+ONLY_FOR = {
+    "tracking_rho": ("subspace", "track"),
+    "grow_above": ("schedule", "adaptive"),
+    "shrink_below": ("schedule", "adaptive"),
+    "refresh_below": ("schedule", "energy"),
+    "rank_energy": ("rank_rule", "energy"),
+}
+
+
 def _agree(held: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
     """Whether two configurations say the same of all that both know: a setting that came later had its old meaning."""
     if held is None or now is None:
         return held is None and now is None
-    return all(held[name] == now[name] for name in held.keys() & now.keys())
+    idle = {name for name, (axis, choice) in ONLY_FOR.items() if held.get(axis) != choice and now.get(axis) != choice}
+    return all(held[name] == now[name] for name in held.keys() & now.keys() - idle)
 
 
 def _run_of(held: dict[str, Any]) -> Run:

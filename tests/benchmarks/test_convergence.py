@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from benchmarks.convergence import __main__ as command
+from benchmarks.convergence import store
 from benchmarks.convergence import variants as rows
 from benchmarks.convergence.data import Text, load_text, windows
 from benchmarks.convergence.model import SIZES, UNIFORM_LOSS, ModelSize, build_model, matrices
@@ -460,3 +461,11 @@ def test_the_command_refuses_nonsense(
     with pytest.raises(SystemExit):
         command.main([*tiny_command, *wrong])
     assert wrong[-1] in capsys.readouterr().err
+
+
+def test_a_default_that_plays_no_part_may_move() -> None:
+    fixed = {"schedule": "fixed", "grow_above": 0.9, "rank": 4}
+    assert store._agree(fixed, {**fixed, "grow_above": 0.7})
+    assert not store._agree(fixed, {**fixed, "rank": 5})
+    adaptive = {**fixed, "schedule": "adaptive"}
+    assert not store._agree(adaptive, {**adaptive, "grow_above": 0.7})
