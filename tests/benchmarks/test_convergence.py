@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from benchmarks.convergence import __main__ as command
-from benchmarks.convergence import store
+from benchmarks.convergence import store as stores
 from benchmarks.convergence import variants as rows
 from benchmarks.convergence.data import Text, load_text, windows
 from benchmarks.convergence.model import SIZES, UNIFORM_LOSS, ModelSize, build_model, matrices
@@ -465,7 +465,7 @@ def test_the_command_refuses_nonsense(
 
 def test_a_default_that_plays_no_part_may_move() -> None:
     fixed = {"schedule": "fixed", "grow_above": 0.9, "rank": 4}
-    assert store._agree(fixed, {**fixed, "grow_above": 0.7})
-    assert not store._agree(fixed, {**fixed, "rank": 5})
+    assert stores._agree(fixed, {**fixed, "grow_above": 0.7})
+    assert not stores._agree(fixed, {**fixed, "rank": 5})
     adaptive = {**fixed, "schedule": "adaptive"}
-    assert not store._agree(adaptive, {**adaptive, "grow_above": 0.7})
+    assert not stores._agree(adaptive, {**adaptive, "grow_above": 0.7})
