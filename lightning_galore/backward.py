@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_galore.low_grad import LowGrad, norm_sq
+from lightning_galore.linalg import norm_sq
+from lightning_galore.low_grad import LowGrad
 
 
 class Consumer(Protocol):

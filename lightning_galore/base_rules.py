@@ -259,19 +259,17 @@ def shrink_eager_state(base: Optimizer, param: Tensor, low_shape: tuple[int, int
             f"base={type(base).__name__} has already been stepped: it counts {int(state['step'])} full-rank steps. "
             "Wrap a fresh optimizer, or load a checkpoint after wrapping."
         )
-    for key, value in list(state.items()):
-        if not isinstance(value, Tensor) or value.shape != param.shape:
-            continue
-        constant = value.flatten()[0]
-        if not bool((value == constant).all()):
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == param.shape and not bool((value == value.flatten()[0]).all()):
             raise ValueError(
                 f"base={type(base).__name__} has already been stepped: its state {key!r} of shape "
                 f"{tuple(value.shape)} is full-rank. Wrap a fresh optimizer, or load a checkpoint after wrapping."
             )
-        base.state[param][key] = constant.expand(low_shape).clone()
+    if state:
+        base.state[param] = resized_constants(state, tuple(param.shape), low_shape)
 
 
-def resized_constants(state: Mapping[str, Any], shape: tuple[int, int], new_shape: tuple[int, int]) -> dict[str, Any]:
+def resized_constants(state: Mapping[str, Any], shape: tuple[int, ...], new_shape: tuple[int, int]) -> dict[str, Any]:
     """The state with each tensor of ``shape``, all whose entries are alike, at ``new_shape``."""
     return {
         key: value.flatten()[0].expand(new_shape).clone()

@@ -182,21 +182,31 @@ def align_signs(
 
 def overlap(
     old: Tensor,  # (d, r), orthonormal columns
-    new: Tensor,  # (d, r), orthonormal columns
+    new: Tensor,  # (d, r'), orthonormal columns
 ) -> Tensor:
-    """Mean squared cosine of the principal angles, ``||old^T new||_F^2 / r`` in [0, 1], 0-D; ``drift`` is 1 minus it.
+    """How much two bases share, ``||new^T old||_F^2 / min(r, r')`` in [0, 1], 0-D; ``drift`` is 1 minus it.
 
-    Blind to the signs and the order of the vectors, unlike the cosine of one singular vector.
+    The mean squared cosine of the principal angles: blind to the signs and the order of the vectors, unlike the cosine
+    of one singular vector. The narrower basis is the whole of what the two can share.
     """
     dtype = decomposition_dtype(new.dtype)
-    return (old.to(dtype).mT @ new.to(dtype)).square().sum() / new.shape[1]
+    return overlap_of(new.to(dtype).mT @ old.to(dtype))
 
 
-def captured_energy(
-    matrix: Tensor,  # (d, n)
-    basis: Tensor,  # (d, r), orthonormal columns
+def overlap_of(
+    turn: Tensor,  # (r', r), new^T old
 ) -> Tensor:
-    """Share of the squared Frobenius norm that the basis keeps, ``||basis^T matrix||_F^2 / ||matrix||_F^2``, 0-D."""
-    dtype = decomposition_dtype(matrix.dtype)
-    work = matrix.to(dtype)
-    return (basis.to(dtype).mT @ work).square().sum() / work.square().sum()
+    """:func:`overlap` of two bases whose product is known."""
+    return turn.square().sum() / min(turn.shape)
+
+
+def norm(grad: Tensor) -> Tensor:
+    """Frobenius norm in fp32 at least, 0-D, without a temporary of the gradient's size; of a sparse one too."""
+    if grad.is_sparse:
+        grad = grad.coalesce().values()
+    return torch.linalg.vector_norm(grad.detach(), dtype=decomposition_dtype(grad.dtype))
+
+
+def norm_sq(grad: Tensor) -> Tensor:
+    """Squared Frobenius norm, as :func:`norm`."""
+    return norm(grad).square()

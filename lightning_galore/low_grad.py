@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_galore import base_rules, memory, schedule
+from lightning_galore import base_rules, linalg, memory, schedule
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.moments import MOMENTS
 from lightning_galore.rank import Extent, StateBudget
@@ -172,7 +172,7 @@ class Projector:
         proxy.grad = low_grad
         wanted = self.watching or (refresh and refresh.found)
         if wanted or (self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))):
-            energy = (_norm(low_grad) / _norm(grad)).square()
+            energy = (linalg.norm(low_grad) / linalg.norm(grad)).square()
         else:
             energy = None
         return LowGrad(target=target, projection=projection, proxy=proxy, bases=bases, refresh=refresh, energy=energy)
@@ -257,14 +257,3 @@ def clip_(grad: Tensor | None, max_norm: float | None, *, norm_sq: Tensor | None
         return
     norm = torch.linalg.vector_norm(grad) if norm_sq is None else norm_sq.sqrt()
     grad.mul_((max_norm / norm.clamp(min=max_norm)).to(grad.dtype))
-
-
-def norm_sq(grad: Tensor) -> Tensor:
-    """Squared norm in fp32 at least, 0-D, without a temporary of the gradient's size."""
-    return _norm(grad).square()
-
-
-def _norm(grad: Tensor) -> Tensor:
-    if grad.is_sparse:
-        grad = grad.coalesce().values()
-    return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,23 @@ def bytes_at(
     }
     held = _probed(base, shadows, config)
     return {target: held[param] for param, target in targets.items()}
+
+
+def full_rank_bytes(own: Mapping[str, Any], projection: Projection) -> int:
+    """What the wrapped optimizer's state would take at full rank: it grows along each projected axis."""
+    grown = tuple(full / low for full, low in zip(projection.shape, projection.low_shape, strict=True))
+    total = 0.0
+    for key, value in own.items():
+        if not isinstance(value, Tensor):
+            continue
+        factor = 1.0
+        if value.ndim == 2:
+            pairs = zip(value.shape, projection.low_shape, grown, strict=True)
+            factor = math.prod(growth for size, low, growth in pairs if size == low)
+        elif key.startswith("absmax"):  # a scale for each block of 8-bit codes
+            factor = math.prod(grown)
+        total += storage.nbytes(value) * factor
+    return round(total)
 
 
 def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Tensor, int]:

@@ -107,17 +107,17 @@ class Refresher:
             group: Its param group.
         """
         begin = time.perf_counter()
-        generator = seeded_generator(
-            grad.device, seed=self.config.seed, name=target.name, refresh=state.record(1).num_refreshes
-        )
+        seed, refreshes = self.config.seed, state.num_refreshes
+        generator = seeded_generator(grad.device, seed=seed, name=target.name, refresh=refreshes)
         known = self._known(state, group)
         found = self.subspace.find(
             grad, target.projection, generator=generator, known=known, fix_signs=self.config.fix_signs
         )
         if found is None:
             finite = bool(torch.isfinite(torch.linalg.vector_norm(grad, torch.inf)))
-            return Refresh(bases=self._unit(grad, target, state), found=False, finite=finite)
-        refresh = self._compared(self._narrowed(found, grad, target), grad, target, state)
+            refresh = Refresh(bases=self._unit(grad, target, state), found=False, finite=finite)
+        else:
+            refresh = self._compared(self._narrowed(found, grad, target), grad, target, state)
         self.seconds += time.perf_counter() - begin
         return refresh
 
@@ -129,11 +129,12 @@ class Refresher:
         """The rank of a refresh stands in the state now, or was dropped; without ``target`` those of all."""
         if target is None:
             self._chosen.clear()
-        self._chosen.pop(target, None)  # type: ignore[arg-type]
+        else:
+            self._chosen.pop(target, None)
 
     def _known(self, state: WeightState, group: Mapping[str, Any]) -> Known | None:
         # Unit vectors that stand in are no start for a finder.
-        if not state.has_bases or state.record(1).refreshed_at < 0:
+        if not state.has_bases or state.refreshed_at < 0:
             return None
         momentum = first_moment(self._base, state.own, group) if self.subspace.uses_momentum else None
         return Known(bases=state.bases, momentum=momentum)
@@ -153,7 +154,7 @@ class Refresher:
         if self._rule is None or found.spectrum is None:
             return found
         # One transfer: the spectrum and the energy together.
-        energy = torch.linalg.vector_norm(grad, dtype=linalg.decomposition_dtype(grad.dtype)).square()
+        energy = linalg.norm_sq(grad)
         *spectrum, total = torch.cat([found.spectrum.to(energy.dtype), energy[None]]).tolist()
         wanted = self._rule.choose(spectrum, total, target.projection.shape)
         rank = min(max(wanted, self.config.min_rank), target.projection.rank, self._cap(target))
@@ -172,12 +173,10 @@ class Refresher:
             return Refresh(bases=bases, found=True, spectrum=spectrum)
         change = Change.between(state.bases, bases, target.projection.side)
         overlap, cosine = -1.0, -1.0
-        if state.record(1).refreshed_at >= 0 and self.subspace.orthonormal:
+        if state.refreshed_at >= 0 and self.subspace.orthonormal:
             turns = [turn for turn in (change.left, change.right) if turn is not None]
             # A basis that is stored in half precision is not quite orthonormal, so these could pass 1.
-            # The narrower basis is the whole of what the two can share.
-            shares = [float(turn.square().sum()) / min(turn.shape) for turn in turns]
-            overlap = min(1.0, sum(shares) / len(turns))
+            overlap = min(1.0, sum(float(linalg.overlap_of(turn)) for turn in turns) / len(turns))
             cosine = min(1.0, sum(abs(float(turn[0, 0])) for turn in turns) / len(turns))
         return Refresh(bases=bases, found=True, change=change, overlap=overlap, cosine=cosine, spectrum=spectrum)
 

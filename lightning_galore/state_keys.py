@@ -69,6 +69,16 @@ class WeightState:
         return int(self._state.get(STEP, 0))
 
     @property
+    def refreshed_at(self) -> int:
+        """Step of the last refresh, -1 when none has succeeded."""
+        return int(self._state.get(REFRESHED_AT, -1))
+
+    @property
+    def num_refreshes(self) -> int:
+        """Refreshes that succeeded."""
+        return int(self._state.get(REFRESHES, 0))
+
+    @property
     def num_failures(self) -> int:
         """Refreshes that were due and found no basis."""
         return int(self._state.get(FAILURES, 0))

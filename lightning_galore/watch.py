@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from lightning_galore import storage
+from lightning_galore import memory, storage
 from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.low_grad import Projector
 from lightning_galore.refresh import RefreshEvent
-from lightning_galore.subspace import Projection, Side
+from lightning_galore.subspace import Side
 from lightning_galore.targets import Target
 
 
@@ -74,7 +73,7 @@ def statuses(
     for param, group in groups.items():
         target, state, record = targets[param], projector.state_of(param), projector.record_of(param, group)
         low = storage.nbytes(state.own) + storage.nbytes(state.bases if state.has_bases else ())
-        full = _full_rank_bytes(state.own, state.projection)
+        full = memory.full_rank_bytes(state.own, state.projection)
         found.append(
             SubspaceStatus(
                 name=target.name,
@@ -94,23 +93,6 @@ def statuses(
             )
         )
     return found
-
-
-def _full_rank_bytes(own: Mapping[str, Any], projection: Projection) -> int:
-    """What the wrapped optimizer's state would take at full rank: it grows along each projected axis."""
-    grown = tuple(full / low for full, low in zip(projection.shape, projection.low_shape, strict=True))
-    total = 0.0
-    for key, value in own.items():
-        if not isinstance(value, Tensor):
-            continue
-        factor = 1.0
-        if value.ndim == 2:
-            pairs = zip(value.shape, projection.low_shape, grown, strict=True)
-            factor = math.prod(growth for size, low, growth in pairs if size == low)
-        elif key.startswith("absmax"):  # a scale for each block of 8-bit codes
-            factor = math.prod(grown)
-        total += storage.nbytes(value) * factor
-    return round(total)
 
 
 class SubspaceControls:

@@ -58,6 +58,12 @@ def decaying_matrix(rows: int, columns: int, *, seed: int = 0, dtype: torch.dtyp
     return ((left * values) @ right.mT).to(dtype)
 
 
+def captured_energy(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Share of the squared Frobenius norm of ``(d, n)`` that an orthonormal basis ``(d, r)`` keeps."""
+    work = matrix.to(basis.dtype)
+    return (basis.mT @ work).square().sum() / work.square().sum()
+
+
 class TinyBlock(nn.Module):
     """A pre-norm transformer block. The key has no bias: its gradient would be zero but for rounding errors."""
 

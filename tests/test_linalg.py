@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_galore import linalg
-from tests.helpers import assert_orthonormal, assert_same_subspace, decaying_matrix
+from tests.helpers import assert_orthonormal, assert_same_subspace, captured_energy, decaying_matrix
 
 SHAPES = [(96, 80), (80, 96), (80, 80)]
 
@@ -127,7 +127,7 @@ def test_subspace_iteration_keeps_nearly_the_best_energy(shape: tuple[int, int],
     left, right = iterated_pair(matrix, rank)
     for basis, best, oriented in ((left, exact.left, matrix), (right, exact.right, matrix.mT)):
         assert_orthonormal(basis)
-        share = linalg.captured_energy(oriented, basis) / linalg.captured_energy(oriented.double(), best)
+        share = captured_energy(oriented, basis) / captured_energy(oriented.double(), best)
         assert 0.99 <= float(share) <= 1 + 1e-5
 
 
@@ -158,9 +158,9 @@ def test_subspace_iteration_gains_with_more_passes(passes: int) -> None:
     matrix = torch.randn(80, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     fewer, more = (iterated(matrix, 4, passes=count) for count in (passes, passes + 2))
     assert float(fewer.values[:4].sum()) < float(more.values[:4].sum())
-    energies = [float(linalg.captured_energy(matrix, factors.left)) for factors in (fewer, more)]
+    energies = [float(captured_energy(matrix, factors.left)) for factors in (fewer, more)]
     assert energies[0] < energies[1]
-    assert float(linalg.captured_energy(matrix.mT, more.right)) < energies[1]
+    assert float(captured_energy(matrix.mT, more.right)) < energies[1]
     assert bool((more.values <= torch.linalg.svdvals(matrix)[: len(more.values)] + 1e-12).all())
 
 
@@ -261,8 +261,8 @@ def test_captured_energy_against_the_singular_values() -> None:
     factors = linalg.svd_factors(matrix, 5)
     assert factors is not None
     expected = float(values[:5].sum() / values.sum())
-    assert float(linalg.captured_energy(matrix, factors.left)) == pytest.approx(expected, abs=1e-12)
-    assert float(linalg.captured_energy(matrix.mT, factors.right)) == pytest.approx(expected, abs=1e-12)
+    assert float(captured_energy(matrix, factors.left)) == pytest.approx(expected, abs=1e-12)
+    assert float(captured_energy(matrix.mT, factors.right)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_identity_basis_is_the_first_unit_vectors() -> None:
@@ -277,3 +277,10 @@ def test_gaussian_is_standard_normal() -> None:
     assert sample.dtype == torch.float32
     assert float(sample.mean()) == pytest.approx(0.0, abs=0.01)
     assert float(sample.std()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_overlap_of_bases_of_other_widths_counts_the_narrower_one() -> None:
+    identity = torch.eye(6)
+    assert float(linalg.overlap(identity[:, :2], identity[:, :4])) == 1.0
+    assert float(linalg.overlap(identity[:, :4], identity[:, :2])) == 1.0
+    assert float(linalg.overlap(identity[:, :2], identity[:, 1:5])) == 0.5
