@@ -70,7 +70,7 @@ def theirs() -> dict[str, Finder]:
 def _found(name: str, grad: Tensor, projection: Projection, *, known: Known | None) -> tuple[Tensor, ...]:
     """The one place that calls a finder of ours; as a refresh does, with the making of its generator."""
     finder = SUBSPACES[name].build(GaLoreConfig())
-    generator = seeded_generator(grad.device, seed=weights.SEED, name=name, refresh=1)
+    generator = seeded_generator(grad.device, seed=weights.SEED, name=name, draw=1)
     found = finder.find(grad, projection, generator=generator, known=known, fix_signs=True)
     if found is None:
         raise ValueError(f"subspace={name!r} found no basis of a gradient of shape {tuple(grad.shape)}.")

@@ -151,6 +151,8 @@ class GradientHooks:
         low_grad = self._project(param, consumer) if target else None
         if moves:
             self._move(param, low_grad, consumer)
+        elif low_grad is not None:
+            low_grad.wait()
 
     def _keeps_full(self, param: Tensor, consumer: Consumer) -> bool:
         """Whether a refresh, or a look at the gradient's energy, must wait for the window's last backward."""

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-from lightning_galore import storage
 
 Decay = Literal["decoupled", "coupled", "none"]
 StateKind = Literal["first", "second", "centered", "magnitude", "maximum", "step_size", "rows", "columns", "other"]
@@ -139,7 +135,7 @@ REFUSED: dict[str, str] = {
 LOW_RANK_PACKAGES = ("galore_torch", "q_galore_torch", "apollo_torch", "ldadamw_torch")
 
 
-def _names(base: Optimizer) -> list[str]:
+def families(base: Optimizer) -> list[str]:
     """Class names along the MRO, without the words that say only how the state is kept."""
     names = [cls.__name__ for cls in type(base).__mro__]
     for word in ("Paged", "8bit", "32bit", "4bit", "Fp8"):
@@ -154,7 +150,7 @@ def check_base(base: Optimizer) -> None:
         ValueError: If it is one that low-rank updates would silently break.
     """
     name = type(base).__name__
-    for known in _names(base):
+    for known in families(base):
         if known in REFUSED:
             raise ValueError(
                 f"base={name} cannot be wrapped: {REFUSED[known]}. Use torch.optim.AdamW, SGD or another one."
@@ -184,13 +180,13 @@ def check_base(base: Optimizer) -> None:
 
 def rule(base: Optimizer) -> BaseRule | None:
     """What is known of ``base``'s family, or None."""
-    return next((RULES[name] for name in _names(base) if name in RULES), None)
+    return next((RULES[name] for name in families(base) if name in RULES), None)
 
 
 def state_rule(base: Optimizer, key: str) -> StateRule | None:
     """What is known of an entry of ``base``'s state, or None."""
-    families = (FAMILY_STATE_RULES[name] for name in _names(base) if name in FAMILY_STATE_RULES)
-    return next((family[key] for family in families if key in family), STATE_RULES.get(key))
+    known = (FAMILY_STATE_RULES[name] for name in families(base) if name in FAMILY_STATE_RULES)
+    return next((family[key] for family in known if key in family), STATE_RULES.get(key))
 
 
 def reads_rms(base: Optimizer) -> bool:
@@ -204,7 +200,7 @@ def decay_kind(base: Optimizer, group: Mapping[str, Any]) -> Decay | None:
     if "decoupled_weight_decay" in group:
         return "decoupled" if group["decoupled_weight_decay"] else "coupled"
     from_bitsandbytes = any(cls.__module__.startswith("bitsandbytes") for cls in type(base).__mro__)
-    if from_bitsandbytes and BITSANDBYTES_DECOUPLED & set(_names(base)):
+    if from_bitsandbytes and BITSANDBYTES_DECOUPLED & set(families(base)):
         return "decoupled"
     known = rule(base)
     return known.decay if known else None
@@ -277,31 +273,3 @@ def resized_constants(state: Mapping[str, Any], shape: tuple[int, ...], new_shap
         else value
         for key, value in state.items()
     }
-
-
-def probe_state(base: Optimizer, group: Mapping[str, Any], shape: tuple[int, int], like: Tensor) -> int:
-    """Bytes of the state that ``base`` keeps for a parameter of ``shape``, found by stepping one and looking.
-
-    A shadow of the optimizer takes the step: it shares the settings, but has its own groups, state and hooks, so the
-    user's object notices nothing.
-
-    Args:
-        base: The wrapped optimizer.
-        group: The param group whose settings hold.
-        shape: Shape of the proxy.
-        like: Gives the dtype and the device.
-    """
-    shadow = object.__new__(type(base))
-    shadow.__dict__.update(base.__dict__)
-    shadow.__dict__.pop("step", None)  # a scheduler's patch, which would count this step
-    proxy = torch.nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-    proxy.grad = torch.zeros_like(proxy)
-    shadow.state = defaultdict(dict)
-    shadow.param_groups = [{**group, "params": [proxy]}]
-    if hasattr(shadow, "is_paged"):  # bitsandbytes never frees what it pages; ordinary tensors of the same size will do
-        shadow.is_paged = False
-    shadow._optimizer_step_pre_hooks = type(base._optimizer_step_pre_hooks)()
-    shadow._optimizer_step_post_hooks = type(base._optimizer_step_post_hooks)()
-    with torch.no_grad():
-        shadow.step(closure=None)
-    return storage.nbytes(shadow.state[proxy])

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a low-rank update becomes a weight update. Owns ``scale``; the basis is handed in."""
+"""How a low-rank update becomes a weight update, and how a weight takes it. Owns ``scale``; the basis is handed in."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_galore.subspace import Projection
+from lightning_galore import storage
+from lightning_galore.subspace import Projection, seeded_generator
 
 
 class Lift(ABC):
@@ -23,8 +27,9 @@ class Lift(ABC):
         bases: tuple[Tensor, ...],
         *,
         scale: float,
+        shrink: float = 1.0,
     ) -> None:
-        """Update ``weight`` in place, in its own dtype, with one rounding."""
+        """Multiply ``weight`` by ``shrink`` and add the update, in place, in its own dtype, with one rounding."""
 
 
 class ProjectBack(Lift):
@@ -32,9 +37,60 @@ class ProjectBack(Lift):
 
     @override
     def apply_(
-        self, weight: Tensor, low_update: Tensor, projection: Projection, bases: tuple[Tensor, ...], *, scale: float
+        self,
+        weight: Tensor,
+        low_update: Tensor,
+        projection: Projection,
+        bases: tuple[Tensor, ...],
+        *,
+        scale: float,
+        shrink: float = 1.0,
     ) -> None:
-        projection.add_back_(weight, low_update, bases, alpha=scale)
+        projection.add_back_(weight, low_update, bases, alpha=scale, beta=shrink)
 
 
 LIFTS: dict[str, type[Lift]] = {"project_back": ProjectBack}
+
+
+class Rounding:
+    """How a weight that is kept in few bits takes a change.
+
+    A change smaller than half the distance to the next number that the weight can be is lost when it is rounded to the
+    nearest, however often it comes. Rounded up or down at random it arrives in the mean (for int8 weights as in
+    Q-GaLore, arXiv 2407.08296).
+
+    Args:
+        stochastic: ``stochastic_round``.
+        seed: Of the random numbers. Each weight and step draws its own, so that a resumed run repeats them.
+    """
+
+    def __init__(self, *, stochastic: bool, seed: int) -> None:
+        self.stochastic, self._seed = stochastic, seed
+
+    def concerns(self, weight: Tensor) -> bool:
+        """Whether a plain weight is rounded at random."""
+        return self.stochastic and weight.dtype == torch.bfloat16 and not isinstance(weight, storage.Int8Tensor)
+
+    @contextmanager
+    def opened(self, weight: Tensor, *, name: str, step: int) -> Iterator[Tensor]:
+        """The weight itself, or a copy in fp32 at least, which is rounded into the weight when the block is left.
+
+        Args:
+            weight: Changed in place.
+            name: Of the weight.
+            step: Its updates before this one.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(weight, storage.Int8Tensor):
+            wide = weight.dequantize(dtype)
+            yield wide
+            weight.store_(wide, self._generator(wide.device, name, step) if self.stochastic else None)
+        elif self.concerns(weight):
+            wide = weight.to(dtype)
+            yield wide
+            storage.round_stochastically_(weight, wide, self._generator(wide.device, name, step))
+        else:
+            yield weight
+
+    def _generator(self, device: torch.device, name: str, step: int) -> torch.Generator:
+        return seeded_generator(device, seed=self._seed, name=f"{name}/rounding", draw=step)

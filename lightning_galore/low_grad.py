@@ -1,53 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a gradient to a low-rank gradient: refresh the basis when it is due, project, commit nothing before the step."""
+"""One weight's low-rank gradient on its way from backward to the step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_galore import base_rules, linalg, memory, schedule
-from lightning_galore.config import GaLoreConfig
-from lightning_galore.moments import MOMENTS
-from lightning_galore.rank import Extent, StateBudget
-from lightning_galore.refresh import Refresh, Refresher, RefreshEvent
-from lightning_galore.schedule import SCHEDULES, Observation, RefreshRecord
-from lightning_galore.state_keys import WeightState
+from lightning_galore import storage
+from lightning_galore.bases import StoredBases
+from lightning_galore.refresh import Refresh
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
 
 
-@dataclass(frozen=True, kw_only=True)
+class Accumulator:
+    """A tensor that waits in another form than it is used in.
+
+    Args:
+        kept: ``accumulator_storage``, but ``param``.
+        draw: Gives a generator for each rounding, on the gradient's device.
+    """
+
+    def __init__(self, kept: str, draw: Callable[[], torch.Generator]) -> None:
+        self._kept, self._draw = kept, draw
+        self._stored: storage.Stored | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether something waits."""
+        return self._stored is not None
+
+    def put(self, value: Tensor) -> None:
+        """Let ``value`` wait, in place of what did."""
+        codec = storage.CODECS.get(self._kept)
+        if codec is None:
+            self._stored = storage.write(value, storage=self._kept, param_dtype=value.dtype)
+            return
+        # At random, so that many small gradients are not rounded away one by one.
+        codes, absmax = codec.encode_stochastically(value, self._draw())
+        self._stored = storage.Stored(codes=codes, absmax=absmax, shape=tuple(value.shape))
+
+    def add(self, value: Tensor) -> None:
+        """Add to what waits, in fp32 at least."""
+        assert self._stored is not None
+        wide = torch.promote_types(value.dtype, torch.float32)
+        self.put(self._stored.read(wide).to(wide) + value)
+
+    def take(self, dtype: torch.dtype) -> Tensor:
+        """What waited, which does not any more."""
+        assert self._stored is not None
+        value, self._stored = self._stored.read(dtype), None
+        return value.to(dtype)
+
+
 class LowGrad:
     """A weight's projected gradient, waiting for a step. Dropping it drops its refresh: a skipped step loses nothing.
 
     Args:
+        grad: The low-rank gradient, of ``projection.low_shape``.
         target: The weight's name and geometry, whose rank is the upper bound of an adaptive one.
-        projection: Its geometry with the rank of ``bases``.
-        proxy: Zeros of the low-rank shape; ``proxy.grad`` is the low-rank gradient.
-        bases: What the gradient was projected with.
+        projection: Its geometry with the rank of the bases.
+        stored: What the gradient was projected with, as it is kept.
+        bases: The same, read.
         refresh: What happened if a refresh was due.
-        energy: Share of the gradient's energy that ``bases`` hold, 0-D, where somebody wants to know.
+        energy: Share of the gradient's energy that the bases hold, 0-D, where somebody wants to know.
+        accumulator: Holds the gradient while it waits; None for the gradient itself.
     """
 
-    target: Target
-    projection: Projection
-    proxy: nn.Parameter
-    bases: tuple[Tensor, ...]
-    refresh: Refresh | None
-    energy: Tensor | None = None
+    def __init__(
+        self,
+        grad: Tensor,
+        *,
+        target: Target,
+        projection: Projection,
+        stored: StoredBases,
+        bases: tuple[Tensor, ...],
+        refresh: Refresh | None,
+        energy: Tensor | None = None,
+        accumulator: Accumulator | None = None,
+    ) -> None:
+        self.target, self.projection, self.stored = target, projection, stored
+        self.refresh, self.energy = refresh, energy
+        self._proxy = nn.Parameter(torch.zeros_like(grad))
+        self._proxy.grad = grad
+        self._accumulator = accumulator
+        self._bases: tuple[Tensor, ...] | None = bases
+
+    @property
+    def bases(self) -> tuple[Tensor, ...]:
+        """The bases, decoded once until :meth:`wait`."""
+        if self._bases is None:
+            self._bases = self.stored.read(self._proxy.dtype)
+        return self._bases
+
+    @property
+    def proxy(self) -> nn.Parameter:
+        """Zeros of the low-rank shape; its ``grad`` is the low-rank gradient."""
+        if self._accumulator is not None and self._accumulator.is_full:
+            self._proxy.grad = self._accumulator.take(self._proxy.dtype)
+        return self._proxy
 
     @property
     def grad(self) -> Tensor:
         """The low-rank gradient, of ``projection.low_shape``."""
-        assert self.proxy.grad is not None
-        return self.proxy.grad
+        grad = self.proxy.grad
+        assert grad is not None
+        return grad
 
     @property
     def skips(self) -> bool:
@@ -56,193 +116,18 @@ class LowGrad:
 
     def add_(self, grad: Tensor) -> None:
         """Accumulate one more full gradient ``(m, n)``: exact, because projecting is linear and the bases stay."""
-        self.grad.add_(self.projection.project(grad, self.bases))
-
-
-class Projector:
-    """Prepares low-rank gradients and commits what their step decided.
-
-    Args:
-        base: The wrapped optimizer, which holds the state.
-        config: Names the choice on each axis.
-        targets: The projected weights; :meth:`arrange` looks at them again.
-    """
-
-    def __init__(self, base: Optimizer, config: GaLoreConfig, targets: Mapping[Tensor, Target]) -> None:
-        self.config = config
-        self.schedule = SCHEDULES[config.schedule](config)
-        self.refresher = Refresher(base, config, self._ranks)
-        #: Whether to measure the captured energy at every step.
-        self.watching = False
-        self._moments = MOMENTS[config.moments]()
-        self._base, self._targets = base, targets
-        #: The energy at the last step that measured it; not part of the state.
-        self.energies: dict[Target, Tensor] = {}
-        #: Told of every refresh.
-        self.listeners: list[Callable[[RefreshEvent], None]] = []
-        self._places: dict[Target, tuple[int, int]] = {}
-        self._budgeted: set[Tensor] = set()
-
-    def reschedule(self, config: GaLoreConfig) -> None:
-        """Decide by another schedule from now on; what the weights' records hold stays."""
-        self.config = config
-        self.schedule = SCHEDULES[config.schedule](config)
-        self._places.clear()
-
-    def arrange(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Stagger the refreshes of weights that have no place yet, and divide the budget among all.
-
-        Args:
-            groups: The param groups, for the gap of each weight.
-        """
-        new = {
-            param: self._gap(group)
-            for group in groups
-            for param in group["params"]
-            if param in self._targets and self._targets[param] not in self._places
-        }
-        # Frozen weights take no turn from those that train; they get their own, for when they are unfrozen.
-        for trains in (True, False) if self.config.stagger else ():
-            gaps = {self._targets[param]: gap for param, gap in new.items() if param.requires_grad is trains}
-            works = [math.prod(target.projection.shape) * float(target.projection.rank) for target in gaps]
-            cost = self.refresher.subspace.relative_cost
-            places = schedule.staggered(works, list(gaps.values()), cost=cost, share=self.config.refresh_share)
-            self._places.update(zip(gaps, places, strict=True))
-        if self.config.state_budget is not None and self._targets.keys() != self._budgeted:
-            self._divide_budget(self.config.state_budget)
-
-    def _divide_budget(self, limit: int) -> None:
-        ceilings = {target: target.projection.rank for target in self._targets.values()}
-        floors = {target: min(self.config.min_rank, rank) for target, rank in ceilings.items()}
-        least, most = (memory.bytes_at(self._base, self._targets, self.config, r) for r in (floors, ceilings))
-        extents = {
-            target: Extent(low=floors[target], high=ceilings[target], low_bytes=least[target], high_bytes=most[target])
-            for target in ceilings
-        }
-        # Weights that come later may not fit any more: a run that goes well is not ended for that.
-        self.refresher.budget = StateBudget(limit, extents, strict=not self._budgeted)
-        self._budgeted = set(self._targets)
-
-    def forget(self) -> None:
-        """No refresh waits for its step any more."""
-        self.refresher.forget()
-
-    def state_of(self, param: Tensor) -> WeightState:
-        """The state of a projected weight, to read; before its first step it is empty."""
-        return WeightState(self._base.state.get(param) or {}, self._targets[param].projection)
-
-    def record_of(self, param: Tensor, group: Mapping[str, Any]) -> RefreshRecord:
-        """What the schedule knows of a projected weight.
-
-        Args:
-            param: The weight.
-            group: Its param group, whose ``update_proj_gap`` wins over the configuration's.
-        """
-        place = self._places.get(self._targets[param], (0, 0)) if self.config.stagger else None
-        return self.state_of(param).record(self._gap(group), place=place)
-
-    def due(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the weight's next step refreshes its basis."""
-        return self.schedule.due(self.state_of(param).step, self.record_of(param, group))
-
-    def waits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the weight's next step wants the gradient of the whole window: for a basis, or for its energy."""
-        if self.due(param, group):
-            return True
-        step = self.state_of(param).step
-        return self.schedule.needs_energy and self.schedule.measures(step, self.record_of(param, group))
-
-    def prepare(self, param: Tensor, group: Mapping[str, Any], *, due: bool) -> LowGrad:
-        """Project ``param.grad`` ``(m, n)``, with a new basis if one is due. Changes nothing but what it returns."""
-        grad, target, state = param.grad, self._targets[param], self.state_of(param)
-        assert grad is not None
-        if grad.is_sparse:
-            raise ValueError(
-                f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
-            )
-        refresh = None
-        if due:
-            refresh = self.refresher.refresh(grad, target, state, group)
-        elif not state.has_bases:
-            refresh = self.refresher.stand_in(grad, target, state)
-        bases = refresh.bases if refresh and refresh.bases else state.bases
-        projection = target.projection.with_rank(bases[0].shape[1])
-        low_grad = projection.project(grad, bases)
-        proxy = nn.Parameter(torch.zeros_like(low_grad))
-        proxy.grad = low_grad
-        wanted = self.watching or (refresh and refresh.found)
-        if wanted or (self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))):
-            energy = (linalg.norm(low_grad) / linalg.norm(grad)).square()
+        more = self.projection.project(grad, self.bases)
+        if self._accumulator is not None and self._accumulator.is_full:
+            self._accumulator.add(more)
         else:
-            energy = None
-        return LowGrad(target=target, projection=projection, proxy=proxy, bases=bases, refresh=refresh, energy=energy)
+            self.grad.add_(more)
 
-    def carried(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The wrapped optimizer's own state of a weight in its new coordinates; None where they have not changed."""
-        refresh, own = low_grad.refresh, self.state_of(param).own
-        if refresh is None or not own:
-            return None
-        if refresh.change is not None:
-            return self._moments.carry(self._base, own, group, refresh.change)
-        if low_grad.projection == low_grad.target.projection:
-            return None
-        # Made in the optimizer's constructor (Adagrad), for the most that the rank may be.
-        shape = low_grad.target.projection.low_shape
-        return base_rules.resized_constants(own, shape, low_grad.projection.low_shape)
-
-    def commit(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> None:
-        """Write into the state what the weight's step has shown: it is taken now."""
-        state = WeightState(self._base.state[param], low_grad.target.projection)
-        refresh = low_grad.refresh
-        if refresh is None and low_grad.energy is None:  # an ordinary step shows nothing
-            state.count_step()
-            return
-        before = self.record_of(param, group)
-        found = refresh is not None and refresh.found
-        energy = -1.0
-        if low_grad.energy is not None and (found or self.schedule.measures(state.step, before)):
-            energy = float(low_grad.energy)
-        seen = Observation(refreshed=found, energy=energy if math.isfinite(energy) else -1.0)
-        if refresh is not None:
-            seen = replace(seen, overlap=refresh.overlap, cosine=refresh.cosine)
-            state.keep_bases(refresh.bases, found=found, failed=refresh.due and not found, energy=seen.energy)
-            self.refresher.forget(low_grad.target)
-        if low_grad.energy is not None:
-            self.energies[low_grad.target] = low_grad.energy
-        after = self.schedule.note(state.step, before, seen)
-        if refresh is not None or after != before:
-            state.keep_record(after, staggered=bool(self.config.stagger))
-        if refresh is not None and refresh.due:
-            event = _event(low_grad, refresh, state.step, self.schedule.gap_of(after), seen)
-            for listener in self.listeners:
-                listener(event)
-        if not low_grad.skips:
-            state.count_step()
-
-    def _gap(self, group: Mapping[str, Any]) -> int:
-        return group.get("update_proj_gap") or self.config.gap
-
-    def _ranks(self) -> dict[Target, int]:
-        states = {
-            target: WeightState(self._base.state.get(param) or {}, target.projection)
-            for param, target in self._targets.items()
-        }
-        return {target: state.projection.rank for target, state in states.items() if state.has_bases}
-
-
-def _event(low_grad: LowGrad, refresh: Refresh, step: int, gap: int, seen: Observation) -> RefreshEvent:
-    return RefreshEvent(
-        step=step,
-        name=low_grad.target.name,
-        shape=low_grad.projection.shape,
-        side=low_grad.projection.side,
-        rank=low_grad.projection.rank,
-        gap=gap,
-        overlap=seen.overlap if seen.overlap >= 0 else None,
-        energy=seen.energy if seen.energy >= 0 else None,
-        found=refresh.found,
-        spectrum=refresh.spectrum,
-    )
+    def wait(self) -> None:
+        """Hold as little as possible until the next backward or the step: no decoded basis, the gradient as kept."""
+        self._bases = None
+        if self._accumulator is not None and self._proxy.grad is not None:
+            self._accumulator.put(self._proxy.grad)
+            self._proxy.grad = None
 
 
 def clip_(grad: Tensor | None, max_norm: float | None, *, norm_sq: Tensor | None = None) -> None:

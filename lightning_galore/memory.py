@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_galore import base_rules, state_keys, storage
+from lightning_galore import base_probe, state_keys, storage
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
@@ -84,11 +84,11 @@ def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreCon
         low_shape = target.projection.low_shape
         key = (groups[param], low_shape, param.dtype, param.device)
         if key not in probed:
-            probed[key] = base_rules.probe_state(base, base.param_groups[groups[param]], low_shape, param)
+            probed[key] = base_probe.probe_state(base, base.param_groups[groups[param]], low_shape, param)
         held[param] = probed[key] + _basis_bytes(target.projection, param, config)
     return held
 
 
 def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
-    itemsize = storage.storage_dtype(config.basis_storage, param.dtype).itemsize
-    return sum(d * r for d, r in projection.basis_shapes) * itemsize
+    kept = config.basis_storage
+    return sum(storage.stored_bytes(s, storage=kept, param_dtype=param.dtype) for s in projection.basis_shapes)

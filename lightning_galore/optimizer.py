@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_rules, memory, state_keys
+from lightning_galore import base_rules, memory, state_keys, weights
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.lift import LIFTS
-from lightning_galore.low_grad import LowGrad, Projector, clip_
-from lightning_galore.proxies import Swap, calls_of, swapped_in
+from lightning_galore.low_grad import LowGrad
+from lightning_galore.projector import Projector
+from lightning_galore.proxies import Swap
+from lightning_galore.stepping import Stepper
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
 from lightning_galore.watch import SubspaceControls
 from lightning_galore.wrapper import OptimizerWrapper
@@ -66,6 +67,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         base_rules.check_base(base)
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
             state_keys.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
+        if config.weight_storage == "int8":
+            weights.quantize(model, targets)
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
             if not any(map(state_keys.is_ours, base.state.get(param, ()))):
@@ -77,8 +80,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self.targets, self._table = chosen
         self._model = weakref.ref(model) if model is not None else None
         self._projector = Projector(base, config, self.targets)
-        self._lift = LIFTS[config.lift]()
-        self._group_index: dict[Tensor, int] = {}
+        self._stepper = Stepper(base, config, self._projector)
+        self._places: dict[Tensor, tuple[int, int]] = {}  # group, and position in it
         self.hooks = GradientHooks(self, layerwise=config.mode == "layerwise")
         self._know_params()
         self._projector.arrange(self.param_groups)
@@ -128,9 +131,11 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
     def _know_params(self) -> None:
         """Note where each parameter stands, and hook those that have come or were unfrozen since."""
         # Changed in place, not assigned: self may be a LightningOptimizer here too.
-        self._group_index.update((p, i) for i, group in enumerate(self.param_groups) for p in group["params"])
+        self._places.update(
+            (param, (i, j)) for i, group in enumerate(self.param_groups) for j, param in enumerate(group["params"])
+        )
         if self.config.mode != "step":
-            self.hooks.install(list(self._group_index))
+            self.hooks.install(list(self._places))
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -151,14 +156,14 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             with torch.enable_grad():
                 loss = closure()
         self.hooks.unexpose()
-        swaps, dense = [], []
+        swaps, dense = [], {}
         for group in self.param_groups:
             for param in group["params"]:
                 if param not in self.targets:
-                    dense.append(param)
+                    dense[param] = self._name_of(param)
                 elif param in self.hooks.waiting or param.grad is not None:
                     swaps.append(self._swap(param, group, self._take(param)))
-        output = self._update(swaps, dense, **kwargs)
+        output = self._stepper.step(swaps, dense, **kwargs)
         self.hooks.end_window()
         self._projector.forget()
         return loss if closure is not None else output
@@ -173,46 +178,12 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         return low_grad
 
     def _swap(self, param: Tensor, group: dict[str, Any], low_grad: LowGrad) -> Swap:
-        """Make the weight's low-rank gradient what ``base`` shall see: clipped, and with a coupled decay in it."""
-        if self.config.clip_weight_norm is not None:  # the norm is one more pass over the gradient
-            clip_(low_grad.grad, self.config.clip_weight_norm, norm_sq=self.hooks.norm_sq(param, low_grad))
-        decay = group.get("weight_decay") or 0.0
-        if decay and base_rules.decay_kind(self.base, group) != "decoupled":
-            # base adds weight_decay times the proxy, which is zero. It would negate the gradient before adding.
-            sign = -1.0 if group.get("maximize") else 1.0
-            low_grad.grad.add_(low_grad.projection.project(param, low_grad.bases), alpha=sign * decay)
-        return Swap(param, low_grad, group, self._projector.carried(param, low_grad, group))
+        clips = self.config.clip_weight_norm is not None  # the norm is one more pass over the gradient
+        norm_sq = self.hooks.norm_sq(param, low_grad) if clips else None
+        return self._stepper.swap(param, group, low_grad, norm_sq=norm_sq)
 
-    def _update(self, swaps: list[Swap], dense: Collection[Tensor], **kwargs: Any) -> Any:
-        """Step ``base`` on the proxies of ``swaps`` and on the ``dense`` parameters, and lift onto the weights."""
-        for param in dense:
-            clip_(param.grad, self.config.clip_weight_norm)
-        output = None
-        moving, skipped = _parted(swaps)
-        for shown in calls_of(self.base, moving, dense, [swap.param for swap in skipped]):
-            with swapped_in(self.base, shown, dense_lr_factor=self.config.dense_lr_factor):
-                output = self.base.step(closure=None, **kwargs)
-            for swap in shown.swaps:
-                # Only now: where base raises, the weight, its basis and its moments stay as they were.
-                self._projector.commit(swap.param, swap.low_grad, swap.group)
-                self._lift_onto_weight(swap)
-        for swap in skipped:
-            self._projector.commit(swap.param, swap.low_grad, swap.group)
-        return output
-
-    def _lift_onto_weight(self, swap: Swap) -> None:
-        """Decay the weight and add what ``base`` has made of its low-rank gradient."""
-        low_grad, group = swap.low_grad, swap.group
-        decay = group.get("weight_decay") or 0.0
-        if decay and base_rules.decay_kind(self.base, group) == "decoupled":
-            # A zero proxy cannot decay, so base's own decay of it does nothing. Not before base's step: Adafactor's is
-            # relative to the weight before its decay.
-            swap.param.mul_(1 - group["lr"] * decay)
-        scale = group.get("scale") or self.config.scale
-        projection = low_grad.projection
-        factor = base_rules.lift_factor(group, projection.shape, projection.low_shape)
-        update = low_grad.proxy.detach()
-        self._lift.apply_(swap.param, update, projection, low_grad.bases, scale=scale * factor)
+    def _name_of(self, param: Tensor) -> str:
+        return "dense/{}/{}".format(*self._places[param])
 
     # -- gradients that are consumed in backward -----------------------------------------------------------------------
 
@@ -241,12 +212,12 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             low_grad: Its projected gradient; None to step on ``param.grad`` as ``base`` does.
         """
         if low_grad is None:
-            self._update([], [param])
+            self._stepper.step([], {param: self._name_of(param)})
         else:
-            self._update([self._swap(param, self._group_of(param), low_grad)], [])
+            self._stepper.step([self._swap(param, self._group_of(param), low_grad)], {})
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
-        return self.param_groups[self._group_index[param]]
+        return self.param_groups[self._places[param][0]]
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Mark every backward of a step but the last, for gradient accumulation in a training loop of your own.
@@ -300,11 +271,6 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         Bytes are those held, and before the first step those that ``base`` and the basis will take.
         """
         return self._table.with_bytes(memory.held_bytes(self.base, self.targets, self.config))
-
-
-def _parted(swaps: Sequence[Swap]) -> tuple[list[Swap], list[Swap]]:
-    """Those that move, and those that sit this step out."""
-    return [s for s in swaps if not s.low_grad.skips], [s for s in swaps if s.low_grad.skips]
 
 
 def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:

@@ -16,21 +16,28 @@ from lightning_galore import base_rules, state_keys
 from lightning_galore.low_grad import LowGrad
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Swap:
-    """One projected weight in the middle of a step.
+    """One parameter in the middle of a step that ``base`` takes on a proxy.
 
     Args:
-        param: The weight ``(m, n)``.
-        low_grad: Its low-rank gradient.
+        param: The parameter.
+        proxy: Zeros, onto which ``base`` writes its update; its ``grad`` is what ``base`` sees.
         group: Its param group.
+        low_grad: What the proxy is of, for a projected weight; None for another one, whose proxy has its shape.
         carried: ``base``'s own state of it in new coordinates; None where its coordinates have not changed.
     """
 
     param: Tensor
-    low_grad: LowGrad
+    proxy: Tensor
     group: dict[str, Any]
+    low_grad: LowGrad | None = None
     carried: Mapping[str, Any] | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether the parameter sits this step out."""
+        return self.low_grad is not None and self.low_grad.skips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,7 @@ class Shown:
     """What one call of ``base.step`` gets to see.
 
     Args:
-        swaps: The projected weights that are stepped.
+        swaps: The parameters that are stepped on a proxy.
         dense: The parameters that are stepped as they are.
         skipped: Projected weights that sit this step out.
         overrides: Settings of all groups for this call only.
@@ -57,7 +64,7 @@ def calls_of(
 
     Args:
         base: The wrapped optimizer.
-        swaps: The projected weights.
+        swaps: The parameters with a proxy.
         dense: The parameters that are stepped as they are.
         skipped: Projected weights that sit this step out.
     """
@@ -91,7 +98,7 @@ def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iter
         own = {key: value for key, value in kept[swap.param].items() if not state_keys.is_ours(key)}
         own = own if swap.carried is None else dict(swap.carried)
         if own:
-            base.state[swap.low_grad.proxy] = own
+            base.state[swap.proxy] = own
     try:
         # The user's step hooks run once around the whole step, on real parameters: through the wrapper.
         base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
@@ -104,7 +111,7 @@ def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iter
         for group, before in zip(groups, saved, strict=True):
             group.update({key: before[key] for key in ("params", *shown.overrides)})
         for swap in shown.swaps:
-            before, after = kept[swap.param], base.state.pop(swap.low_grad.proxy, {})
+            before, after = kept[swap.param], base.state.pop(swap.proxy, {})
             if not stepped and swap.carried is not None:
                 after = before  # the basis stays the old one, so its coordinates must
             ours = {key: value for key, value in before.items() if state_keys.is_ours(key)}
@@ -113,7 +120,7 @@ def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iter
 
 def _put_proxies(groups: Sequence[dict[str, Any]], shown: Shown, dense_lr_factor: float) -> list[dict[str, Any]]:
     """Write proxies into the groups; return extra groups of dense weights when their learning rate is another one."""
-    proxies: dict[Tensor, Tensor] = {swap.param: swap.low_grad.proxy for swap in shown.swaps}
+    proxies: dict[Tensor, Tensor] = {swap.param: swap.proxy for swap in shown.swaps}
     # Any optimizer skips what has no gradient.
     proxies.update((param, nn.Parameter(param.new_empty(0))) for param in shown.skipped)
     dense = set(shown.dense)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_galore import linalg, storage
+from lightning_galore import linalg
+from lightning_galore.bases import StoredBases
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.moments import Change, first_moment
 from lightning_galore.rank import RANK_RULES, StateBudget
@@ -39,7 +40,7 @@ class Refresh:
         spectrum: Largest singular values of the gradient, empty when the finder does not know them.
     """
 
-    bases: tuple[Tensor, ...] | None
+    bases: StoredBases | None
     found: bool
     due: bool = True
     finite: bool = True
@@ -108,8 +109,8 @@ class Refresher:
         """
         begin = time.perf_counter()
         seed, refreshes = self.config.seed, state.num_refreshes
-        generator = seeded_generator(grad.device, seed=seed, name=target.name, refresh=refreshes)
-        known = self._known(state, group)
+        generator = seeded_generator(grad.device, seed=seed, name=target.name, draw=refreshes)
+        known = self._known(grad, state, group)
         found = self.subspace.find(
             grad, target.projection, generator=generator, known=known, fix_signs=self.config.fix_signs
         )
@@ -132,14 +133,14 @@ class Refresher:
         else:
             self._chosen.pop(target, None)
 
-    def _known(self, state: WeightState, group: Mapping[str, Any]) -> Known | None:
+    def _known(self, grad: Tensor, state: WeightState, group: Mapping[str, Any]) -> Known | None:
         # Unit vectors that stand in are no start for a finder.
         if not state.has_bases or state.refreshed_at < 0:
             return None
         momentum = first_moment(self._base, state.own, group) if self.subspace.uses_momentum else None
-        return Known(bases=state.bases, momentum=momentum)
+        return Known(bases=state.bases.read(grad.dtype), momentum=momentum)
 
-    def _unit(self, grad: Tensor, target: Target, state: WeightState) -> tuple[Tensor, ...] | None:
+    def _unit(self, grad: Tensor, target: Target, state: WeightState) -> StoredBases | None:
         if state.has_bases:
             return None
         rank = target.projection.rank
@@ -171,15 +172,21 @@ class Refresher:
         spectrum = () if found.spectrum is None else tuple(found.spectrum[:REPORTED].tolist())
         if not state.has_bases:
             return Refresh(bases=bases, found=True, spectrum=spectrum)
-        change = Change.between(state.bases, bases, target.projection.side)
+        # As they are read again, so that the moments follow what the next steps will project with.
+        old, new = state.bases.read(grad.dtype), bases.read(grad.dtype)
+        change = Change.between(old, new, target.projection.side)
         overlap, cosine = -1.0, -1.0
         if state.refreshed_at >= 0 and self.subspace.orthonormal:
             turns = [turn for turn in (change.left, change.right) if turn is not None]
-            # A basis that is stored in half precision is not quite orthonormal, so these could pass 1.
+            # A basis that is kept in half precision is not quite orthonormal, so these could pass 1.
             overlap = min(1.0, sum(float(linalg.overlap_of(turn)) for turn in turns) / len(turns))
             cosine = min(1.0, sum(abs(float(turn[0, 0])) for turn in turns) / len(turns))
         return Refresh(bases=bases, found=True, change=change, overlap=overlap, cosine=cosine, spectrum=spectrum)
 
-    def _store(self, bases: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-        kept = self.config.basis_storage
-        return tuple(storage.write(basis, storage=kept, param_dtype=grad.dtype) for basis in bases)
+    def _store(self, bases: Sequence[Tensor], grad: Tensor) -> StoredBases:
+        return StoredBases.write(
+            bases,
+            kept=self.config.basis_storage,
+            param_dtype=grad.dtype,
+            orthonormal=self.subspace.orthonormal,
+        )

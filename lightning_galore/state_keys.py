@@ -13,13 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_galore import storage
+from lightning_galore.bases import StoredBases
 from lightning_galore.schedule import RefreshRecord
 from lightning_galore.subspace import SIDE_CODES, Projection
 from lightning_galore.targets import Target
 
 PREFIX = "galore_"
-BASIS = "galore_basis"  # (d, r); the left one for side "full"
-BASIS_RIGHT = "galore_basis_right"  # (n, r), only for side "full"
+BASIS = "galore_basis"  # (d, r), or codes for it; the left one for side "full"
+BASIS_RIGHT = "galore_basis_right"  # (n, r), or codes; only for side "full"
+ABSMAX = "_absmax"  # appended to either: the scales of codes
+RANK = "galore_rank"  # width of the bases, of which codes do not tell
 SIDE = "galore_side"  # a number of SIDE_CODES
 STEP = "galore_step"  # updates of this weight done so far
 REFRESHED_AT = "galore_refreshed_at"  # step of the last refresh, -1 while the basis is a stand-in
@@ -57,11 +61,13 @@ class WeightState:
     Args:
         state: ``optimizer.state[param]``.
         target: The weight's geometry as it was chosen, whose rank is the upper bound of an adaptive one.
+        orthonormal: Whether bases are orthonormal when they are found.
     """
 
-    def __init__(self, state: dict[str, Any], target: Projection) -> None:
+    def __init__(self, state: dict[str, Any], target: Projection, *, orthonormal: bool = True) -> None:
         self._state = state
         self._target = target
+        self._orthonormal = orthonormal
 
     @property
     def step(self) -> int:
@@ -99,14 +105,19 @@ class WeightState:
         return BASIS in self._state
 
     @property
-    def bases(self) -> tuple[Tensor, ...]:
-        """The stored bases, of the shapes of :attr:`projection`."""
-        return tuple(self._state[key] for key in basis_keys(self._target))
+    def bases(self) -> StoredBases:
+        """The bases as they are kept, of the shapes of :attr:`projection`."""
+        keys, shapes = basis_keys(self._target), self.projection.basis_shapes
+        parts = (
+            storage.Stored(codes=self._state[key], absmax=self._state.get(key + ABSMAX), shape=shape)
+            for key, shape in zip(keys, shapes, strict=True)
+        )
+        return StoredBases(parts=tuple(parts), orthonormal=self._orthonormal)
 
     @property
     def projection(self) -> Projection:
         """The weight's geometry now: under an adaptive rank the target's rank is only the upper bound."""
-        return self._target.with_rank(self._state[BASIS].shape[1]) if self.has_bases else self._target
+        return self._target.with_rank(_saved_rank(self._state)) if self.has_bases else self._target
 
     def record(self, gap: int, *, place: tuple[int, int] | None = None) -> RefreshRecord:
         """What a schedule may know.
@@ -129,7 +140,7 @@ class WeightState:
         if staggered:
             self._state.update({START: record.start, PHASE: record.phase})
 
-    def keep_bases(self, bases: Sequence[Tensor] | None, *, found: bool, failed: bool, energy: float) -> None:
+    def keep_bases(self, bases: StoredBases | None, *, found: bool, failed: bool, energy: float) -> None:
         """Write what a refresh came to.
 
         Args:
@@ -139,7 +150,12 @@ class WeightState:
             energy: Share of the gradient's energy that the new bases hold.
         """
         if bases is not None:
-            self._state.update(zip(basis_keys(self._target), bases, strict=True))
+            for key, part in zip(basis_keys(self._target), bases.parts, strict=True):
+                self._state[key] = part.codes
+                self._state.pop(key + ABSMAX, None)
+                if part.absmax is not None:
+                    self._state[key + ABSMAX] = part.absmax
+            self._state[RANK] = bases.rank
         self._state.update(
             {
                 SIDE: SIDE_CODES[self._target.side],
@@ -156,6 +172,11 @@ class WeightState:
 def basis_keys(projection: Projection) -> tuple[str, ...]:
     """Keys of the bases, in the order of ``projection.basis_shapes``."""
     return (BASIS, BASIS_RIGHT) if projection.side == "full" else (BASIS,)
+
+
+def _saved_rank(saved: Mapping[str, Any]) -> int:
+    """Width of the bases in a state; a converted one and those of older checkpoints are no codes and tell it."""
+    return int(saved[RANK]) if RANK in saved else int(saved[BASIS].shape[1])
 
 
 def check_loadable(
@@ -180,7 +201,7 @@ def check_loadable(
         target = targets.get(param)
         if target is None and BASIS in saved:
             raise ValueError(
-                f"A weight of shape {tuple(param.shape)} was projected with rank {saved[BASIS].shape[1]} in the "
+                f"A weight of shape {tuple(param.shape)} was projected with rank {_saved_rank(saved)} in the "
                 "checkpoint and is not now. Set rank, target_modules and ignore_modules as in that run, or load its "
                 "weights only."
             )
@@ -209,9 +230,14 @@ def _check_geometry(saved: Mapping[str, Any], target: Target, *, adaptive: bool)
     projection = target.projection
     names = {code: side for side, code in SIDE_CODES.items()}
     side = names.get(saved.get(SIDE, -1), "unknown")
-    rank = saved[BASIS].shape[1]
-    shapes = tuple(tuple(saved[key].shape) for key in basis_keys(projection) if key in saved)
+    rank = _saved_rank(saved)
     fits = projection.with_rank(min(rank, projection.rank) if adaptive else projection.rank)
+    keys = [key for key in basis_keys(projection) if key in saved]
+    shapes = tuple(
+        # Codes have the shape that their rank says, if there are as many as that takes.
+        shape if storage.holds(saved[key], saved.get(key + ABSMAX), shape) else tuple(saved[key].shape)
+        for key, shape in zip(keys, projection.with_rank(rank).basis_shapes, strict=False)
+    )
     if side == projection.side and shapes == fits.basis_shapes:
         return
     raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_galore import memory, storage
 from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
-from lightning_galore.low_grad import Projector
+from lightning_galore.projector import Projector
 from lightning_galore.refresh import RefreshEvent
 from lightning_galore.subspace import Side
 from lightning_galore.targets import Target
@@ -72,7 +72,7 @@ def statuses(
     found = []
     for param, group in groups.items():
         target, state, record = targets[param], projector.state_of(param), projector.record_of(param, group)
-        low = storage.nbytes(state.own) + storage.nbytes(state.bases if state.has_bases else ())
+        low = storage.nbytes(state.own) + (state.bases.nbytes if state.has_bases else 0)
         full = memory.full_rank_bytes(state.own, state.projection)
         found.append(
             SubspaceStatus(

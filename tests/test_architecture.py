@@ -20,14 +20,15 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__"}),  # the public names: what the command line and the tasks use, like any user
     frozenset({"callbacks", "report", "strategies"}),
     frozenset({"optimizer"}),
-    frozenset({"backward", "proxies", "watch", "wrapper"}),
+    frozenset({"backward", "stepping", "watch", "wrapper"}),
+    frozenset({"projector", "proxies"}),
     frozenset({"low_grad"}),
     frozenset({"memory", "refresh"}),
     frozenset({"convert", "foreign_state", "state_keys", "untrusted"}),
     frozenset({"targets"}),
-    frozenset({"lift", "moments"}),
-    frozenset({"base_state", "rank", "schedule", "subspace"}),
-    frozenset({"base_rules"}),
+    frozenset({"lift", "moments", "weights"}),
+    frozenset({"base_probe", "base_state", "bases", "rank", "schedule", "subspace"}),
+    frozenset({"base_rules", "named_optimizers"}),
     frozenset({"storage"}),
     frozenset({"linalg"}),
 )
@@ -43,7 +44,8 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "rich": frozenset({"cli", "tasks"}),
     "matplotlib": frozenset({"report"}),
     "tensorboard": frozenset({"report"}),
-    "bitsandbytes": frozenset({"base_state"}),
+    "bitsandbytes": frozenset({"base_state", "named_optimizers"}),
+    "torchao": frozenset({"named_optimizers"}),
     "galore_torch": frozenset(),
 }
 
@@ -201,7 +203,7 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         ("import lightning", "optimizer", "imports lightning"),
         ("from lightning.pytorch import Trainer", "convert", "imports lightning"),
         ("import transformers.models", "strategies", "imports transformers"),
-        ("try:\n    import bitsandbytes\nexcept ImportError:\n    pass", "cli", "bitsandbytes; only ['base_state']"),
+        ("try:\n    import bitsandbytes\nexcept ImportError:\n    pass", "cli", "bitsandbytes; only ['base_state', "),
         ("from galore_torch import GaLoreAdamW", "convert", "imports galore_torch"),
         ("x = 1", "novelty", "has no place"),
     ],

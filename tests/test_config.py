@@ -91,7 +91,7 @@ from lightning_galore.subspace import SUBSPACES
         ({"lift": "fira"}, r"lift='fira' is not known; choose one of 'project_back'"),
         (
             {"basis_storage": "int3"},
-            r"basis_storage='int3' is not known; choose one of 'param', 'fp32', 'bf16', 'fp16'",
+            r"basis_storage='int3' is not known; choose one of 'auto', 'param', 'fp32', 'bf16', 'fp16', 'int8', 'int4'",
         ),
         ({"target_modules": ""}, r"target_modules='' selects nothing; use \"all-linear\", a regular expression or a"),
         ({"target_modules": []}, r"target_modules=\[\] selects nothing"),
@@ -184,10 +184,28 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
     wanted = {**AUTO, **METHODS[method]}
     assert {axis: getattr(config, axis) for axis in wanted} == wanted
     assert config.subspace in SUBSPACES
-    named = GaLoreConfig(
-        method=method, subspace="power", schedule="cos", stagger=True, moments="reset", update_proj_gap=7
-    )
-    assert {getattr(named, axis) for axis in AUTO} == {"power", "cos", True, "reset", 7}
+    others: dict[str, Any] = {
+        "subspace": "power",
+        "schedule": "cos",
+        "stagger": True,
+        "moments": "reset",
+        "update_proj_gap": 7,
+        "basis_storage": "fp16",
+        "weight_storage": "int8",
+        "moment_storage": "base",
+        "stochastic_round": False,
+    }
+    assert others.keys() == AUTO.keys()
+    named = GaLoreConfig(method=method, **others)
+    assert {axis: getattr(named, axis) for axis in AUTO} == others
+
+
+def test_int8_weights_are_rounded_at_random_unless_it_is_said() -> None:
+    assert GaLoreConfig().stochastic_round is False
+    assert GaLoreConfig(weight_storage="int8").stochastic_round is True
+    assert GaLoreConfig(weight_storage="int8", stochastic_round=False).stochastic_round is False
+    assert GaLoreConfig(method="q-galore").stochastic_round is True
+    assert GaLoreConfig().with_settings(weight_storage="int8").stochastic_round is True
 
 
 def test_track_has_a_gap_of_one_unless_it_is_named() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bitsandbytes' 8-bit, 32-bit and paged optimizers on the CPU."""
+"""bitsandbytes' 8-bit, 32-bit and paged optimizers, on the CPU and where there is one on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_galore import GaLoreOptimizer, base_rules, storage
+from lightning_galore import GaLoreOptimizer, base_rules, base_state, storage
 from lightning_galore.state_keys import BASIS, is_ours
 from tests.helpers import PLAIN, Matrices, TinyTransformer, max_difference, same_bits, train
 
@@ -31,6 +31,19 @@ ADAPTIVE_8BIT = ["AdamW8bit", "Lion8bit", "RMSprop8bit"]
 # On the CPU, "paged" is ordinary memory.
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 LR = 2.0**-7
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def give_gradients(model: Matrices, step: int) -> None:
+    """Gradients that depend on nothing but ``step``, on whatever device."""
+    generator = torch.Generator().manual_seed(step)
+    for weight in model.parameters():
+        weight.grad = torch.randn(weight.shape, generator=generator).to(weight)
 
 
 def build(name: str, params: Any, **settings: Any) -> Any:
@@ -39,15 +52,15 @@ def build(name: str, params: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("low_entries", ["fewer than 4096", "more than 4096"])
-def test_every_weight_moves_at_every_step(name: str, low_entries: str) -> None:
+def test_every_weight_moves_at_every_step(name: str, low_entries: str, device: str) -> None:
     """galore-torch gave no update at all to weights that bitsandbytes keeps in 32-bit state, those of few entries."""
     rank = 4 if low_entries == "fewer than 4096" else 48
-    model = Matrices((128, 96), (96, 128))
+    model = Matrices((128, 96), (96, 128)).to(device)
     # Not staggered: unit vectors, which stand in until the first refresh, move a few columns only.
     optimizer = GaLoreOptimizer(build(name, model.parameters()), model, rank=rank, update_proj_gap=2, stagger=False)
     for step in range(4):
         before = [weight.detach().clone() for weight in model.parameters()]
-        model.give_gradients(step)
+        give_gradients(model, step)
         optimizer.step()
         for weight, old in zip(model.parameters(), before, strict=True):
             assert bool(torch.isfinite(weight).all())
@@ -68,17 +81,19 @@ def test_trains_a_transformer(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BASES)
-def test_equals_the_same_optimizer_over_persistent_low_rank_parameters(name: str, dtype: torch.dtype) -> None:
+def test_equals_the_same_optimizer_over_persistent_low_rank_parameters(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
     """The wrapped optimizer does to a proxy what it does to a low-rank parameter that it knows all along."""
-    model = Matrices((128, 96), (96, 128), dtype=dtype)
+    model = Matrices((128, 96), (96, 128), dtype=dtype).to(device)
     settings: dict[str, Any] = {"rank": 48, "update_proj_gap": 1000, "scale": 1.0, **PLAIN}
     optimizer = GaLoreOptimizer(build(name, model.parameters()), model, **settings)
     weights = list(model.parameters())
     expected = [weight.detach().clone() for weight in weights]
-    low = [torch.nn.Parameter(torch.zeros(optimizer.targets[w].projection.low_shape, dtype=dtype)) for w in weights]
+    low = [torch.nn.Parameter(w.new_zeros(optimizer.targets[w].projection.low_shape)) for w in weights]
     other = build(name, low)
     for step in range(10):
-        model.give_gradients(step)
+        give_gradients(model, step)
         optimizer.step()
         for i, weight in enumerate(weights):
             projection, bases = optimizer.targets[weight].projection, (optimizer.state[weight][BASIS],)
@@ -128,15 +143,15 @@ def test_decay_reaches_projected_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "Lion8bit", "PagedAdamW8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resumed_run_equals_the_unbroken_one(name: str, dtype: torch.dtype, tmp_path: Any) -> None:
+def test_resumed_run_equals_the_unbroken_one(name: str, dtype: torch.dtype, tmp_path: Any, device: str) -> None:
     def start() -> tuple[Matrices, GaLoreOptimizer]:
-        model = Matrices((128, 96), (96, 128), dtype=dtype)
+        model = Matrices((128, 96), (96, 128), dtype=dtype).to(device)
         base = build(name, model.parameters(), weight_decay=0.25)
         return model, GaLoreOptimizer(base, model, rank=48, update_proj_gap=3, basis_storage="fp32")
 
     def run(model: Matrices, optimizer: GaLoreOptimizer, steps: range) -> None:
         for step in steps:
-            model.give_gradients(step)
+            give_gradients(model, step)
             optimizer.step()
 
     whole, optimizer = start()
@@ -169,6 +184,28 @@ def test_planned_bytes_are_those_held(name: str) -> None:
     assert planned == held
     own = [v for k, v in optimizer.state[model.layers[0].weight].items() if not is_ours(k) and isinstance(v, Tensor)]
     assert all(value.numel() <= 128 * 48 for value in own)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: elsewhere nothing is paged")
+@pytest.mark.parametrize("name", ["PagedAdamW8bit", "PagedAdamW"])
+def test_paged_state_is_paged_and_does_not_pile_up(name: str) -> None:
+    """From 100,000 entries on bitsandbytes pages a buffer, and it never frees one."""
+    model = Matrices((1024, 512)).to("cuda")
+    base = build(name, model.parameters())
+    pages = len(base.page_mng.paged_tensors)
+    optimizer = GaLoreOptimizer(base, model, rank=256, update_proj_gap=2, stagger=False)
+    (weight,) = model.parameters()
+    planned = optimizer.targets_table().taken[0].state_bytes
+    for step in range(5):
+        before = weight.detach().clone()
+        give_gradients(model, step)
+        optimizer.step()
+        assert bool(torch.isfinite(weight).all())
+        assert float((weight != before).float().mean()) > 0.9
+        assert base_state.is_paged(optimizer.state[weight]["state1"])
+    assert len(base.page_mng.paged_tensors) == pages + 2
+    assert storage.nbytes(optimizer.state[weight]) == planned
 
 
 def test_settings_of_one_parameter_are_found_by_position() -> None:

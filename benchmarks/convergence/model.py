@@ -83,4 +83,4 @@ def next_byte_loss(model: Any, window: Tensor) -> Tensor:
         window: Bytes ``(batch, length + 1)``, dtype int64. Each but the last predicts the one after it.
     """
     logits = model(input_ids=window[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())

@@ -21,6 +21,7 @@ from benchmarks.convergence import variants
 from benchmarks.convergence.data import Text, windows
 from benchmarks.convergence.model import SIZES, UNIFORM_LOSS, ModelSize, build_model, matrices, next_byte_loss
 from benchmarks.convergence.variants import Task, Variant
+from lightning_galore.storage import nbytes
 
 _VALIDATION_SEED = 20_240  # the same windows for every run
 _JUDGED_AT = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the run after which it is validated
@@ -88,6 +89,7 @@ class Spec:
             "experiment": dataclasses.asdict(self.experiment),
             "kind": self.variant.kind,
             "settings": dict(self.variant.settings),
+            **self.variant.optional,
             "lr": self.lr,
             "seed": self.seed,
             "text": self.text_sha256,
@@ -138,6 +140,7 @@ def train(spec: Spec, text: Text, *, watch: Watch | None = None) -> Result:
     """
     plan = spec.experiment
     model = build_model(plan.size, length=plan.length, seed=spec.seed)
+    model = model.bfloat16() if spec.variant.bf16 else model
     weights = matrices(model)
     optimizers = variants.build(spec.variant, Task(model=model, rank=plan.rank, lr=spec.lr, seed=spec.seed))
     judged = _validation(text, plan)
@@ -158,7 +161,7 @@ def train(spec: Spec, text: Text, *, watch: Watch | None = None) -> Result:
         train_curve=run.curve,
         refreshes=variants.refreshes(optimizers, weights.values()),
         state_bytes=variants.held_bytes(optimizers, weights.values()),
-        matrix_bytes=sum(weight.numel() * weight.element_size() for weight in weights.values()),
+        matrix_bytes=nbytes(weights),
         optimizer_seconds=run.optimizer_seconds,
         train_seconds=run.seconds,
     )

@@ -33,15 +33,24 @@ class Variant:
         settings: For ``galore`` those of :class:`~lightning_galore.GaLoreConfig`, on top of the rank, ``scale=1`` and
             the gap ``GAP``.
         text: What it is, for the table's reader.
+        moments_in_8bit: Whether bitsandbytes' AdamW8bit is wrapped instead of torch's AdamW; for ``galore``.
+        bf16: Whether all weights are in bf16 alone.
     """
 
     kind: Kind
     settings: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
+    moments_in_8bit: bool = False
+    bf16: bool = False
+
+    @property
+    def optional(self) -> dict[str, Any]:
+        """The fields that few variants have, where they have them: older runs know nothing of them."""
+        return {name: True for name in ("moments_in_8bit", "bf16") if getattr(self, name)}
 
 
-def _galore(text: str, **settings: Any) -> Variant:
-    return Variant(kind="galore", settings=settings, text=text)
+def _galore(text: str, *, moments_in_8bit: bool = False, bf16: bool = False, **settings: Any) -> Variant:
+    return Variant(kind="galore", settings=settings, text=text, moments_in_8bit=moments_in_8bit, bf16=bf16)
 
 
 def _changed(text: str, **settings: Any) -> Variant:
@@ -70,6 +79,14 @@ VARIANTS: dict[str, Variant] = {
     "rank-energy": _changed("rank by energy held", rank_rule="energy"),
     "rank-noise": _changed("rank by noise edge", rank_rule="noise_edge"),
     "default": _galore("the package's defaults"),
+    "8bit": _galore("as published, 8-bit moments", method="galore-8bit", moments_in_8bit=True),
+    "int4": _galore("the defaults, bases in int4", basis_storage="int4"),
+    "q-galore": _galore("int8 weights, int4 bases, 8-bit moments", method="q-galore", moments_in_8bit=True),
+    "q-galore-nearest": _galore(
+        "the same, rounded to the nearest", method="q-galore", moments_in_8bit=True, stochastic_round=False
+    ),
+    "bf16": _galore("the defaults, weights in bf16", bf16=True),
+    "bf16-stochastic": _galore("the same, rounded stochastically", bf16=True, stochastic_round=True),
     "track-1": _galore("tracked basis, every step", method="galore-track", update_proj_gap=1),
     "track-5": _galore("tracked basis, every 5 steps", method="galore-track", update_proj_gap=5),
     "track-10": _galore("tracked basis, every 10 steps", method="galore-track", update_proj_gap=10),
@@ -149,6 +166,7 @@ def why_not(variant: Variant, *, rank: int) -> str | None:
         rank: Of the comparison.
     """
     needed = {"soap": "pytorch_optimizer", "galore-torch": "galore_torch"}.get(variant.kind)
+    needed = "bitsandbytes" if variant.moments_in_8bit else needed
     if needed and importlib.util.find_spec(needed) is None:
         return f"the package {needed} is not installed"
     if variant.kind == "muon" and not hasattr(torch.optim, "Muon"):
@@ -162,6 +180,13 @@ def why_not(variant: Variant, *, rank: int) -> str | None:
 
 def _adamw(groups: list[dict[str, Any]]) -> Optimizer:
     return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+
+
+def _adamw8bit(groups: list[dict[str, Any]]) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(groups, betas=BETAS, eps=EPS, weight_decay=0.0)
+    return optimizer
 
 
 def _full_rank(variant: Variant, task: Task) -> list[Optimizer]:
@@ -191,7 +216,8 @@ def _galore_torch(variant: Variant, task: Task) -> list[Optimizer]:
 
 def _this_package(variant: Variant, task: Task) -> list[Optimizer]:
     config = config_of(variant, rank=task.rank, seed=task.seed)
-    optimizer = GaLoreOptimizer(_adamw(task.groups()), task.model, config)
+    base = _adamw8bit(task.groups()) if variant.moments_in_8bit else _adamw(task.groups())
+    optimizer = GaLoreOptimizer(base, task.model, config)
     if {id(weight) for weight in optimizer.targets} != {id(weight) for weight in task.matrices}:
         raise ValueError(
             f"settings={dict(variant.settings)} and rank={task.rank} project {len(optimizer.targets)} weights, not the "

@@ -13,9 +13,12 @@ ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["fixed", "energy", "noise_edge"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
 LiftName = Literal["project_back"]
-BasisStorage = Literal["param", "fp32", "bf16", "fp16"]
+BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
+WeightStorage = Literal["auto", "param", "int8"]
+MomentStorage = Literal["auto", "base", "8bit"]
+AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
 Mode = Literal["step", "project", "layerwise"]
-Method = Literal["galore", "galore2", "galore-track"]
+Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore"]
 
 #: What an axis is where neither the user nor a method says anything.
 AUTO: dict[str, Any] = {
@@ -24,6 +27,10 @@ AUTO: dict[str, Any] = {
     "stagger": True,
     "moments": "rotate_first",
     "update_proj_gap": 200,
+    "basis_storage": "param",
+    "weight_storage": "param",
+    "moment_storage": "base",
+    "stochastic_round": False,
 }
 #: A named method is nothing but a row of choices; it fills the axes that the user left open.
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,6 +45,23 @@ METHODS: dict[str, dict[str, Any]] = {
         "stagger": False,
         "moments": "rotate_first",
         "update_proj_gap": 1,
+    },
+    # arXiv 2403.03507, section 4.3: the published method over an optimizer with 8-bit moments.
+    "galore-8bit": {
+        "subspace": "svd",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "keep",
+        "moment_storage": "8bit",
+    },
+    # arXiv 2407.08296, with the gap judged by whole bases instead of one vector.
+    "q-galore": {
+        "subspace": "randomized",
+        "schedule": "adaptive",
+        "basis_storage": "int4",
+        "weight_storage": "int8",
+        "moment_storage": "8bit",
+        "stochastic_round": True,
     },
 }
 #: How an axis is written that is left open.

@@ -20,15 +20,18 @@ from lightning_galore.config.presets import (
     GROUP_KEYS,
     METHODS,
     OPEN,
+    AccumulatorStorage,
     BasisStorage,
     LiftName,
     Method,
     Mode,
     MomentsName,
+    MomentStorage,
     ProjType,
     RankRuleName,
     ScheduleName,
     SubspaceName,
+    WeightStorage,
 )
 from lightning_galore.config.ranges import check_numbers, check_schedule, check_subspace
 
@@ -52,8 +55,9 @@ class GaLoreConfig:
             and what is tied to an embedding), a regular expression that must match the whole module name, or a list of
             substrings, expressions and module classes (``torch.nn.Linear``, or ``"class:torch.nn.Linear"`` in YAML).
         ignore_modules: Modules to leave out, written like a list for ``target_modules``.
-        method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized) or ``galore-track``
-            (the basis follows the gradient at every step). Settings you name win over it.
+        method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized), ``galore-track``
+            (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
+            moments) or ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
@@ -87,7 +91,17 @@ class GaLoreConfig:
             rank; ranks are capped so that it holds at every step. None is no cap.
         tracking_rho: Weight of the first moment in what ``subspace="track"`` follows; the gradient has the rest.
         lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``.
-        basis_storage: Data type in which a basis is kept: that of the weight (``param``), or a type of its own.
+        basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, or as
+            ``int8`` or ``int4`` codes, read back orthonormal. ``auto`` is what ``method`` says, else ``param``.
+        weight_storage: How the projected weights of ``nn.Linear`` modules are kept: as they are (``param``), or as
+            ``int8`` codes which the forward pass decodes. ``auto`` is what ``method`` says, else ``param``.
+        moment_storage: ``8bit`` asks that the wrapped optimizer keep its moments in 8 bits or less, and refuses one
+            that does not; ``base`` takes what it does. ``auto`` is what ``method`` says, else ``base``.
+        accumulator_storage: How the low-rank gradients of ``mode="project"`` or ``"layerwise"`` wait from one
+            micro-batch to the next: ``param``, a data type of their own, or ``int8`` codes, rounded stochastically.
+        stochastic_round: Round weights that are kept in int8 or bf16 up or down at random, so that they are right in
+            the mean and an update smaller than a rounding error is not lost. None is what ``method`` says, else True
+            for int8 weights and False for others.
         clip_weight_norm: Clip the gradient of each parameter by itself to this norm, in every mode. Clipping by the
             global norm is the Trainer's ``gradient_clip_val``, which ``mode="layerwise"`` cannot honour.
         fix_signs: Fix the arbitrary signs of singular vectors, so that runs repeat across machines. ``False`` keeps
@@ -133,7 +147,11 @@ class GaLoreConfig:
     state_budget: int | None = None
     tracking_rho: float = 0.7
     lift: LiftName = "project_back"
-    basis_storage: BasisStorage = "param"
+    basis_storage: BasisStorage = "auto"
+    weight_storage: WeightStorage = "auto"
+    moment_storage: MomentStorage = "auto"
+    accumulator_storage: AccumulatorStorage = "param"
+    stochastic_round: bool | None = None
     clip_weight_norm: float | None = None
     fix_signs: bool = True
     dense_lr_factor: float = 1.0
@@ -150,7 +168,7 @@ class GaLoreConfig:
         check_subspace(self)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
-        for name in ("fix_signs", "stagger"):
+        for name in ("fix_signs", "stagger", "stochastic_round"):
             check_bool(name, getattr(self, name))
         target = self.target_modules
         if not isinstance(target, str):
@@ -166,6 +184,8 @@ class GaLoreConfig:
         choices = {**AUTO, **(METHODS[self.method] if self.method else {})}
         if self.subspace == "gaussian":
             choices["moments"] = "keep"  # there is no change of coordinates between bases that are not orthonormal
+        if self.weight_storage == "int8":
+            choices["stochastic_round"] = True
         opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
         for axis, choice in opened.items():
             object.__setattr__(self, axis, choice)
@@ -258,7 +278,7 @@ class GaLoreConfig:
         return dataclasses.replace(self, **{**opened, **settings})
 
 
-_NONE_IS_OPEN = ("update_proj_gap", "stagger")
+_NONE_IS_OPEN = ("update_proj_gap", "stagger", "stochastic_round")
 _CHOICES: dict[str, Any] = {
     "proj_type": ProjType,
     "mode": Mode,
@@ -268,4 +288,7 @@ _CHOICES: dict[str, Any] = {
     "rank_rule": RankRuleName,
     "lift": LiftName,
     "basis_storage": BasisStorage,
+    "weight_storage": WeightStorage,
+    "moment_storage": MomentStorage,
+    "accumulator_storage": AccumulatorStorage,
 }

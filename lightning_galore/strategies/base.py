@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import logging
@@ -20,16 +21,19 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_galore.config import (
+    AccumulatorStorage,
     BasisStorage,
     GaLoreConfig,
     LiftName,
     Method,
     Mode,
     MomentsName,
+    MomentStorage,
     ProjType,
     RankRuleName,
     ScheduleName,
     SubspaceName,
+    WeightStorage,
 )
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.strategies.backward_modes import BackwardModes
@@ -39,6 +43,7 @@ from lightning_galore.targets import NoTargetsError, TargetTable
 log = logging.getLogger(__name__)
 
 BaseName = Literal["auto", "single_device"]
+_SETTINGS = tuple(field.name for field in dataclasses.fields(GaLoreConfig))
 
 
 class GaLoreStrategy(BackwardModes):
@@ -58,7 +63,7 @@ class GaLoreStrategy(BackwardModes):
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
-        method: A preset by name: galore, galore2 or galore-track; settings that you name win over it.
+        method: A preset by name: galore, galore2, galore-track, galore-8bit or q-galore; settings you name win over it.
         subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal or gaussian.
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
@@ -77,7 +82,11 @@ class GaLoreStrategy(BackwardModes):
         state_budget: Most bytes of bases and moments together under an adaptive rank.
         tracking_rho: Weight of the first moment in what subspace="track" follows.
         lift: How the low-rank update becomes a weight update.
-        basis_storage: Data type in which a basis is kept.
+        basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
+        weight_storage: How projected weights are kept: param or int8.
+        moment_storage: "8bit" refuses an optimizer that keeps its moments in more bits; "base" takes what it does.
+        accumulator_storage: How low-rank gradients wait for the next micro-batch: param, fp32, bf16 or int8.
+        stochastic_round: Round int8 and bf16 weights up or down at random, right in the mean.
         clip_weight_norm: Clip the gradient of each parameter by itself to this norm.
         fix_signs: Fix the arbitrary signs of singular vectors.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
@@ -123,7 +132,11 @@ class GaLoreStrategy(BackwardModes):
         state_budget: int | None = None,
         tracking_rho: float = 0.7,
         lift: LiftName = "project_back",
-        basis_storage: BasisStorage = "param",
+        basis_storage: BasisStorage = "auto",
+        weight_storage: WeightStorage = "auto",
+        moment_storage: MomentStorage = "auto",
+        accumulator_storage: AccumulatorStorage = "param",
+        stochastic_round: bool | None = None,
         clip_weight_norm: float | None = None,
         fix_signs: bool = True,
         dense_lr_factor: float = 1.0,
@@ -131,6 +144,7 @@ class GaLoreStrategy(BackwardModes):
         base: BaseName = "auto",
         **kwargs: Any,
     ) -> None:
+        given = dict(locals())  # a test holds that each argument arrives in the configuration
         # Here and not in __new__: jsonargparse would read the signature of that one.
         concrete = _concrete_class(base)
         if type(self) is GaLoreStrategy:
@@ -138,39 +152,7 @@ class GaLoreStrategy(BackwardModes):
         _check_names(type(self), kwargs)
         self.device_named = "device" in kwargs
         super().__init__(**kwargs)
-        self.config = GaLoreConfig(
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            mode=mode,
-            target_modules=target_modules,
-            ignore_modules=ignore_modules,
-            method=method,
-            subspace=subspace,
-            schedule=schedule,
-            stagger=stagger,
-            refresh_share=refresh_share,
-            refresh_warmup=refresh_warmup,
-            min_gap=min_gap,
-            max_gap=max_gap,
-            grow_above=grow_above,
-            shrink_below=shrink_below,
-            refresh_below=refresh_below,
-            moments=moments,
-            rank_rule=rank_rule,
-            rank_energy=rank_energy,
-            min_rank=min_rank,
-            rank_pattern=rank_pattern,
-            state_budget=state_budget,
-            tracking_rho=tracking_rho,
-            lift=lift,
-            basis_storage=basis_storage,
-            clip_weight_norm=clip_weight_norm,
-            fix_signs=fix_signs,
-            dense_lr_factor=dense_lr_factor,
-            seed=seed,
-        )
+        self.config = GaLoreConfig(**{name: given[name] for name in _SETTINGS})
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

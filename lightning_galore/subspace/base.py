@@ -94,10 +94,11 @@ class Projection:
         bases: tuple[Tensor, ...],  # basis_shapes
         *,
         alpha: float,
+        beta: float = 1.0,
     ) -> None:
-        """Add ``alpha`` times the projected-back update into ``weight``, in one GEMM and without a full-size temporary.
+        """``weight`` becomes ``beta`` times itself and ``alpha`` times the projected-back update, rounded once.
 
-        Only where the basis is kept in a wider dtype than the weight is the product formed apart, and rounded once.
+        In one GEMM and without a full-size temporary, but where the basis is kept in a wider dtype than the weight.
         """
         dtype = torch.promote_types(weight.dtype, bases[0].dtype)
         first, last, low = bases[0].to(dtype), bases[-1].to(dtype), low_update.to(dtype)
@@ -105,9 +106,9 @@ class Projection:
             low = first @ low
         factors = (first, low) if self.side == "left" else (low, last.mT)
         if dtype == weight.dtype:
-            weight.addmm_(*factors, alpha=alpha)
+            weight.addmm_(*factors, alpha=alpha, beta=beta)
         else:
-            weight.add_(factors[0] @ factors[1], alpha=alpha)
+            weight.copy_((factors[0] @ factors[1]).mul_(alpha).add_(weight, alpha=beta))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +214,11 @@ class Subspace(ABC):
         """Bases of a finite, non-zero ``grad``, with any signs; None when a decomposition fails."""
 
 
-def seeded_generator(device: torch.device, *, seed: int, name: str, refresh: int) -> torch.Generator:
-    """A generator that depends only on the seed, the weight's name and the number of its refresh.
+def seeded_generator(device: torch.device, *, seed: int, name: str, draw: int) -> torch.Generator:
+    """A generator that depends only on the seed, the weight's name and how often it has drawn before.
 
     So there is no generator state to save, and a resumed run draws what the uninterrupted one would have drawn. The
     numbers are drawn on ``device``; the CPU and a GPU draw different ones.
     """
-    digest = hashlib.blake2b(f"{seed}/{name}/{refresh}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{name}/{draw}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

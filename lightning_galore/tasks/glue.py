@@ -11,12 +11,12 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from typing_extensions import override
 
+from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.glue_tasks import GlueTask, MetricName, TaskName, get_task
 from lightning_galore.tasks.minilm import MINILM, minilm_as_roberta
@@ -54,8 +54,9 @@ class GlueModule(LightningModule):
         eps: Added to the denominator of the update.
         weight_decay: Decoupled weight decay; biases and normalisation weights get none.
         warmup_ratio: Share of the steps in which the learning rate rises; it falls linearly to 0 afterwards.
-        optimizer: Another optimizer instead of AdamW, as a callable on the parameter groups. It replaces ``lr``,
-            ``betas`` and ``eps``; the two groups keep their ``weight_decay``.
+        optimizer: Another optimizer instead of AdamW. By name, as ``"adamw8bit"``, it takes ``lr``, ``betas`` and
+            ``eps`` where it has them; a callable on the parameter groups (in YAML its class) replaces them. The two
+            groups keep their ``weight_decay`` either way.
 
     Example:
         >>> module = GlueModule(task="cola", model="roberta-base", lr=3e-5)
@@ -72,7 +73,7 @@ class GlueModule(LightningModule):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
-        optimizer: OptimizerCallable | None = None,
+        optimizer: OptimizerCallable | str | None = None,
     ) -> None:
         super().__init__()
         # A callable would be pickled into the checkpoint, which torch then refuses to load as weights only.
@@ -83,7 +84,9 @@ class GlueModule(LightningModule):
         self.model = model
         self.warmup_ratio = warmup_ratio
         self.weight_decay = weight_decay
-        self.make_optimizer = optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas, eps=eps))
+        if optimizer is None or isinstance(optimizer, str):
+            optimizer = named_optimizer(optimizer or "adamw", lr=lr, betas=betas, eps=eps)
+        self.make_optimizer = optimizer
         self.net: nn.Module | None = None
         # Keyed by "val" and "test", then one collection for each split.
         self.metrics = nn.ModuleDict(

@@ -116,7 +116,7 @@ def test_gradients_that_a_hook_throws_away_leave_nothing() -> None:
     class Skips(Tiny):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             optimizer.zero_grad()
-            assert len(optimizer._group_index) == len(list(self.parameters()))
+            assert len(optimizer._places) == len(list(self.parameters()))
 
     model, _ = run("project", model=Skips)
     assert_same_weights(model, Tiny())

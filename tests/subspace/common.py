@@ -25,7 +25,7 @@ def find(
     **options: Any,
 ) -> Found | None:
     """What a finder, or the one of that name, makes of ``grad``."""
-    generator = seeded_generator(grad.device, seed=seed, name="weight", refresh=refresh)
+    generator = seeded_generator(grad.device, seed=seed, name="weight", draw=refresh)
     projection = Projection(shape=(grad.shape[0], grad.shape[1]), side=side, rank=rank)
     subspace = SUBSPACES[finder]() if isinstance(finder, str) else finder
     return subspace.find(grad, projection, generator=generator, **options)

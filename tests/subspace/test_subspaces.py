@@ -61,7 +61,7 @@ def test_bases_are_stored_whole_in_every_dtype(name: str, dtype: torch.dtype) ->
     (basis,) = result.bases
     assert basis.dtype == linalg.decomposition_dtype(dtype)
     assert result.spectrum is None or result.spectrum.dtype == basis.dtype
-    stored = storage.write(basis, storage="param", param_dtype=dtype)
+    stored = storage.write(basis, storage="param", param_dtype=dtype).codes
     assert stored.dtype == dtype
     assert_state_whole({"basis": stored})
     if SUBSPACES[name].orthonormal:
@@ -149,13 +149,11 @@ def test_other_seed_or_refresh_gives_another_basis(name: str) -> None:
 
 
 def test_generator_depends_on_each_of_its_keys() -> None:
-    keys = {"seed": 0, "name": "a", "refresh": 0}
-    variants: list[dict[str, Any]] = [keys, {**keys, "seed": 1}, {**keys, "name": "b"}, {**keys, "refresh": 1}]
+    keys = {"seed": 0, "name": "a", "draw": 0}
+    variants: list[dict[str, Any]] = [keys, {**keys, "seed": 1}, {**keys, "name": "b"}, {**keys, "draw": 1}]
     draws = [float(torch.rand(1, generator=seeded_generator(torch.device("cpu"), **key))) for key in variants]
     assert len(set(draws)) == 4
-    assert draws[0] == float(
-        torch.rand(1, generator=seeded_generator(torch.device("cpu"), seed=0, name="a", refresh=0))
-    )
+    assert draws[0] == float(torch.rand(1, generator=seeded_generator(torch.device("cpu"), seed=0, name="a", draw=0)))
 
 
 @pytest.mark.parametrize("name", NAMES)

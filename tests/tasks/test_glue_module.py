@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_galore import GaLoreStrategy
+from lightning_galore.cli import GaLoreCLI, main
 from lightning_galore.tasks import GlueDataModule, GlueModule
 from lightning_galore.tasks.glue_tasks import TASKS
 from lightning_galore.tasks.minilm import minilm_dir, roberta_from_bert
@@ -114,6 +116,56 @@ def test_another_optimizer_replaces_adamw(tiny_model: str, tmp_path: Path) -> No
     run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
     run.fit(module, demo_data(tiny_model))
     assert type(run.optimizers[0]) is torch.optim.SGD
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "Lion-8bit", "sgd"])
+def test_optimizer_by_name_takes_the_settings_of_the_module(tiny_model: str, tmp_path: Path, name: str) -> None:
+    """From YAML, through the command line; a run that GaLore wraps, and a checkpoint that resumes."""
+    if name != "sgd":
+        pytest.importorskip("bitsandbytes")
+    galore = {"class_path": "lightning_galore.GaLoreStrategy", "init_args": {"rank": 4}}
+    model = {"task": "demo", "model": tiny_model, "lr": 0.25, "betas": [0.8, 0.9], "eps": 1e-5, "optimizer": name}
+    data = {"train_file": str(SENTENCES), "train_limit": 16, "validation_size": 8, "batch_size": 8}
+    content = {
+        "seed_everything": 1,
+        "trainer": {
+            **{"accelerator": "cpu", "strategy": galore, "max_steps": 2, "default_root_dir": str(tmp_path)},
+            **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
+        },
+        "model": {"class_path": "GlueModule", "init_args": model},
+        "data": {"class_path": "GlueDataModule", "init_args": data},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    cli = GaLoreCLI(args=["-c", str(recipe)], run=False)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    optimizer = cli.trainer.optimizers[0]
+    kind = {"adamw8bit": "AdamW8bit", "Lion-8bit": "Lion8bit", "sgd": "SGD"}[name]
+    assert type(optimizer).__name__ == f"GaLore{kind}"
+    assert optimizer.defaults["lr"] == 0.25
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0]
+    if name != "sgd":
+        assert tuple(optimizer.defaults["betas"]) == (0.8, 0.9)
+    if name == "adamw8bit":
+        assert optimizer.defaults["eps"] == 1e-5
+    checkpoint = next((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert main(["fit", "-c", str(recipe), "--ckpt_path", str(checkpoint), "--trainer.max_steps", "4"]) == 0
+
+
+def test_optimizer_by_class_from_the_command_line_goes_on_working(tiny_model: str) -> None:
+    options = [f"--model={GlueModule.__name__}", "--model.task=demo", f"--model.model={tiny_model}", "--model.lr=0.5"]
+    chosen = ["--model.optimizer=torch.optim.NAdam", "--model.optimizer.lr=0.25"]
+    data = ["--data=GlueDataModule", f"--data.train_file={SENTENCES}"]
+    rest = ["--seed_everything=1", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    cli = GaLoreCLI(args=[*options, *chosen, *data, *rest], run=False)
+    optimizer = cast("GlueModule", cli.model).make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    assert type(optimizer) is torch.optim.NAdam
+    assert optimizer.defaults["lr"] == 0.25
+
+
+def test_unknown_name_of_an_optimizer_is_refused(tiny_model: str) -> None:
+    with pytest.raises(ValueError, match=r"optimizer='adamw8bits' is not known\. Did you mean 'adamw8bit'"):
+        GlueModule(task="demo", model=tiny_model, optimizer="adamw8bits")
 
 
 def test_head_depends_on_the_seed_alone(tiny_model: str) -> None:

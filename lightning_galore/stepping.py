@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of the wrapped optimizer on proxies, and what becomes of it: written onto the weights, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_galore import base_rules, state_keys
+from lightning_galore.config import GaLoreConfig
+from lightning_galore.lift import LIFTS, Rounding
+from lightning_galore.low_grad import LowGrad, clip_
+from lightning_galore.projector import Projector
+from lightning_galore.proxies import Swap, calls_of, swapped_in
+
+
+class Stepper:
+    """Steps parameters: the projected ones in low rank, the others as ``base`` does.
+
+    Args:
+        base: The wrapped optimizer.
+        config: Names the lift, and how weights are rounded.
+        projector: Commits what a step decided.
+    """
+
+    def __init__(self, base: Optimizer, config: GaLoreConfig, projector: Projector) -> None:
+        self._base, self._config, self._projector = base, config, projector
+        self._lift = LIFTS[config.lift]()
+        self._rounding = Rounding(stochastic=bool(config.stochastic_round), seed=config.seed)
+
+    def swap(self, param: Tensor, group: dict[str, Any], low_grad: LowGrad, *, norm_sq: Tensor | None) -> Swap:
+        """Make a weight's low-rank gradient what ``base`` shall see: clipped, and with a coupled decay in it.
+
+        Args:
+            param: The weight.
+            group: Its param group.
+            low_grad: Its low-rank gradient.
+            norm_sq: Squared norm of its gradient, where ``clip_weight_norm`` wants it.
+        """
+        if norm_sq is not None:
+            clip_(low_grad.grad, self._config.clip_weight_norm, norm_sq=norm_sq)
+        penalty = self._penalty(group)
+        if penalty:
+            low_grad.grad.add_(low_grad.projection.project(param, low_grad.bases), alpha=penalty)
+        carried = self._projector.carried(param, low_grad, group)
+        return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
+
+    def step(self, swaps: list[Swap], dense: Mapping[Tensor, str], **kwargs: Any) -> Any:
+        """Step ``base`` on the proxies of ``swaps`` and on the ``dense`` parameters, and write onto the weights.
+
+        Args:
+            swaps: The projected weights.
+            dense: The other parameters, with a name each for its random numbers.
+            **kwargs: Handed to ``base.step``.
+        """
+        for param in dense:
+            clip_(param.grad, self._config.clip_weight_norm)
+        rounded = {p: name for p, name in dense.items() if p.grad is not None and self._rounding.concerns(p)}
+        output = None
+        moving, skipped = [s for s in swaps if not s.skips], [s for s in swaps if s.skips]
+        moving += self._dense_swaps(rounded)
+        plain = [param for param in dense if param not in rounded]
+        for shown in calls_of(self._base, moving, plain, [swap.param for swap in skipped]):
+            with swapped_in(self._base, shown, dense_lr_factor=self._config.dense_lr_factor):
+                output = self._base.step(closure=None, **kwargs)
+            for swap in shown.swaps:
+                # Only now: where base raises, the weight, its basis and its moments stay as they were.
+                if swap.low_grad is not None:
+                    self._write_low(swap, swap.low_grad)
+                else:
+                    self._write_dense(swap, rounded[swap.param])
+        for swap in skipped:
+            assert swap.low_grad is not None
+            self._projector.commit(swap.param, swap.low_grad, swap.group)
+        return output
+
+    def _dense_swaps(self, params: Collection[Tensor]) -> list[Swap]:
+        """Proxies of the parameters' own shapes, so that what ``base`` adds to them can be rounded at random."""
+        groups = {param: group for group in self._base.param_groups for param in group["params"]} if params else {}
+        swaps = []
+        for param in params:
+            proxy, penalty = nn.Parameter(torch.zeros_like(param)), self._penalty(groups[param])
+            assert param.grad is not None
+            proxy.grad = param.grad.add(param, alpha=penalty) if penalty else param.grad
+            swaps.append(Swap(param=param, proxy=proxy, group=groups[param]))
+        return swaps
+
+    def _penalty(self, group: Mapping[str, Any]) -> float:
+        """Factor on the weight in its gradient, where ``base`` couples its decay: a proxy is zero and cannot say so."""
+        decay = group.get("weight_decay") or 0.0
+        if not decay or base_rules.decay_kind(self._base, group) == "decoupled":
+            return 0.0
+        return -decay if group.get("maximize") else decay  # base would negate the gradient before it adds
+
+    def _shrink(self, group: Mapping[str, Any], lr_factor: float) -> float:
+        """Factor on the weight of a decoupled decay: base's own decay of a zero proxy does nothing.
+
+        Not before base's step: Adafactor's is relative to the weight before its decay.
+        """
+        decay = group.get("weight_decay") or 0.0
+        if not decay or base_rules.decay_kind(self._base, group) != "decoupled":
+            return 1.0
+        return float(1 - group["lr"] * lr_factor * decay)
+
+    def _write_low(self, swap: Swap, low_grad: LowGrad) -> None:
+        group, projection = swap.group, low_grad.projection
+        step = self._projector.state_of(swap.param).step
+        self._projector.commit(swap.param, low_grad, group)
+        scale = group.get("scale") or self._config.scale
+        scale *= base_rules.lift_factor(group, projection.shape, projection.low_shape)
+        shrink, update = self._shrink(group, 1.0), swap.proxy.detach()
+        with self._rounding.opened(swap.param, name=low_grad.target.name, step=step) as weight:
+            self._lift.apply_(weight, update, projection, low_grad.bases, scale=scale, shrink=shrink)
+
+    def _write_dense(self, swap: Swap, name: str) -> None:
+        state = self._base.state[swap.param]
+        step = state.get(state_keys.STEP, 0)
+        state[state_keys.STEP] = step + 1
+        factor = self._config.dense_lr_factor
+        with self._rounding.opened(swap.param, name=name, step=step) as weight:
+            weight.mul_(self._shrink(swap.group, factor)).add_(swap.proxy.detach(), alpha=factor)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stochastic rounding of fp32 to bf16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
+    """Write ``value`` into a bf16 ``target`` so that it is ``value`` in the mean: up or down, by how near it is.
+
+    A bf16 number is the upper half of an fp32 one. Adding a random number of 16 bits to the lower half carries into the
+    upper one with a probability of ``lower / 2^16``, which is just the distance to the neighbour; then the lower half
+    is cut off. What bf16 holds already does not change, and signs need no care: both halves are a magnitude.
+
+    Args:
+        target: bf16, written in place.
+        value: fp32, of its shape.
+        generator: On its device.
+    """
+    bits = value.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
+    rounded = noise.add_(bits).bitwise_and_(-1 << 16).view(torch.float32)
+    # Infinity and NaN have other bits: the carry would make NaN of the one and anything of the other.
+    target.copy_(torch.where(torch.isfinite(value), rounded, value))
