@@ -6,8 +6,11 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-GALORE_TORCH = "galore-torch"
-_INSTALL = {GALORE_TORCH: "pip install galore-torch==1.0"}
+GALORE_TORCH, BITSANDBYTES = "galore-torch", "bitsandbytes"
+_INSTALL = {
+    GALORE_TORCH: ("galore_torch", "pip install galore-torch==1.0"),
+    BITSANDBYTES: ("bitsandbytes", "pip install lightning-galore[bnb]"),
+}
 
 
 def peer(name: str, module: str) -> ModuleType | None:
@@ -23,8 +26,10 @@ def galore_torch() -> ModuleType | None:
     return peer(GALORE_TORCH, "galore_torch")
 
 
-def missing() -> list[str]:
-    """A line for every peer that is left out."""
-    if galore_torch() is not None:
-        return []
-    return [f"{GALORE_TORCH} is not installed, so its rows are left out: {_INSTALL[GALORE_TORCH]}"]
+def missing(*names: str) -> list[str]:
+    """A line for each of the packages that is left out; of galore-torch, unless others are named."""
+    return [
+        f"{name} is not installed, so its rows are left out: {_INSTALL[name][1]}"
+        for name in names or (GALORE_TORCH,)
+        if peer(name, _INSTALL[name][0]) is None
+    ]

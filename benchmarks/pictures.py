@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ from benchmarks.timing import Spread
 # This package, a second curve of it, and the others.
 OURS, OURS_PLAIN, THEIRS = "#2a6f97", "#e09f3e", "#a9a9a9"
 _COLUMNS = 4
+_PARTS = ("#2a6f97", "#e09f3e", "#7cb5a3", "#c9c9c9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,25 @@ def curve_panels(panels: Sequence[Curves], *, title: str, footer: Report, xlabel
         ax.set_xlabel(xlabel, fontsize=8)
         ax.set_title(panel.title, fontsize=10)
         ax.legend(fontsize=8, frameon=False, loc="upper right")
+    finish(figure, title=title, report=footer)
+    return figure
+
+
+def stacked_bars(
+    stacks: Mapping[str, Sequence[float]], *, parts: Sequence[str], title: str, footer: Report, xlabel: str
+) -> Figure:
+    """One bar a row, the first on top, made of ``parts``; its sum stands behind it."""
+    figure, (ax,) = grid(1, 1, width=9.0, height=0.6 + 0.45 * len(stacks))
+    labels, starts = list(stacks), [0.0] * len(stacks)
+    for index, part in enumerate(parts):
+        lengths = [stacks[label][index] for label in labels]
+        ax.barh(labels, lengths, left=starts, label=part, color=_PARTS[index])
+        starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+    for place, total in enumerate(starts):
+        ax.annotate(f"{total:,.0f}", (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel(xlabel, fontsize=8)
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
     finish(figure, title=title, report=footer)
     return figure
 

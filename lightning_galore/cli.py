@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``lightning-galore fit | validate | test | predict | targets | convert | report``."""
+"""The command line: ``lightning-galore fit | validate | test | predict | targets | convert | export | report``."""
 
 import argparse
 import os
@@ -102,6 +102,16 @@ def _convert(args: list[str]) -> None:
     sys.stdout.write(f"{convert_checkpoint(**options.as_dict())}\n")
 
 
+def _export(args: list[str]) -> None:
+    """Write a checkpoint with int8 weights in floating point."""
+    from lightning_galore.export import export_weights
+
+    parser = ArgumentParser(prog=f"{PROG} export")
+    parser.add_function_arguments(export_weights, as_positional=True)
+    options = parser.parse_args(args)
+    sys.stdout.write(f"{export_weights(**options.as_dict())}\n")
+
+
 def _report(args: list[str]) -> None:
     """Draw a run from its logs."""
     from lightning_galore.report import write_report
@@ -115,6 +125,7 @@ def _report(args: list[str]) -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "targets": (_targets, "list which weights a configuration would project, and why not the others"),
     "convert": (_convert, "turn a checkpoint of galore-torch into one for this package"),
+    "export": (_export, "write a checkpoint with int8 weights in floating point, for any program"),
     "report": (_report, "draw a run from its logs: loss, subspaces, refreshes, memory, as one HTML page"),
 }
 

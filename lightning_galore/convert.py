@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from typing_extensions import override
 
+from lightning_galore.checkpoint_files import check_paths, write_whole
 from lightning_galore.foreign_state import ACCEPTED, Tally, convert_state_dict, has_projector
 from lightning_galore.untrusted import ConversionError, load
 
@@ -75,11 +72,13 @@ def convert_checkpoint(source: Path, target: Path, *, overwrite: bool = False) -
         FileExistsError: If ``target`` exists and ``overwrite`` is False.
     """
     source, target = Path(source), Path(target)
-    _check_paths(source, target, overwrite=overwrite)
+    check_paths(source, target, overwrite=overwrite, accepted=ACCEPTED)
     checkpoint = load(source)
     tally = Tally()
     converted = _convert_container(checkpoint, tally)
-    _write_atomically(converted, target, like=source, overwrite=overwrite)
+    # Whoever resumes from it reads it as weights only; a projector outside of the optimizer states would show there.
+    trouble = "The checkpoint holds a galore-torch projector outside of its optimizer states. Save it again without."
+    write_whole(converted, target, like=source, overwrite=overwrite, trouble=trouble)
     return _report(tally)
 
 
@@ -134,42 +133,3 @@ def _convert_container(checkpoint: object, tally: Tally) -> dict[str, Any]:
     if "optimizer" in checkpoint:
         return {**checkpoint, "optimizer": convert_state_dict(checkpoint["optimizer"], tally)}
     return convert_state_dict(checkpoint, tally)
-
-
-def _check_paths(source: Path, target: Path, *, overwrite: bool) -> None:
-    if source.is_dir():
-        raise ConversionError(f"source={source} is a folder (a sharded checkpoint?); give a single file. {ACCEPTED}")
-    if not source.is_file():
-        raise FileNotFoundError(f"source={source} does not exist.")
-    if target.is_dir():
-        raise ConversionError(f"target={target} is a folder; give the name of a file in it.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"The folder of target={target} does not exist; make it first.")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"target={target} exists. Choose another name, or pass overwrite=True (--overwrite).")
-
-
-def _write_atomically(checkpoint: dict[str, Any], target: Path, *, like: Path, overwrite: bool) -> None:
-    """Write beside the target, read it back, then move it into place: never half a file under its name."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # Whoever resumes from it reads it like this; a projector outside of the optimizer states would show here.
-        try:
-            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise ConversionError(
-                "The checkpoint holds a galore-torch projector outside of its optimizer states. Save it again without."
-            ) from error
-        shutil.copymode(like, temporary)
-        if target.exists() and not overwrite:
-            raise FileExistsError(
-                f"target={target} has appeared meanwhile. Choose another name or pass overwrite=True."
-            )
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

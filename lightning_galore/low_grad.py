@@ -32,6 +32,11 @@ class Accumulator:
         """Whether something waits."""
         return self._stored is not None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what waits."""
+        return storage.nbytes((self._stored.codes, self._stored.absmax)) if self._stored is not None else 0
+
     def put(self, value: Tensor) -> None:
         """Let ``value`` wait, in place of what did."""
         codec = storage.CODECS.get(self._kept)
@@ -108,6 +113,12 @@ class LowGrad:
         grad = self.proxy.grad
         assert grad is not None
         return grad
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradient as it waits."""
+        held = self._accumulator.nbytes if self._accumulator is not None else 0
+        return held + storage.nbytes(self._proxy.grad)
 
     @property
     def skips(self) -> bool:

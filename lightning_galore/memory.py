@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of low-rank state, from the same layout that the optimizer allocates."""
+"""Bytes by category, held or to be held, from the same layout that the optimizer allocates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,6 +16,89 @@ from lightning_galore import base_probe, state_keys, storage
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that the parameters of an optimizer hold, all of them together.
+
+    Args:
+        weights: The parameters themselves.
+        bases: Bases of the projected ones.
+        moments: State of the wrapped optimizer.
+        gradients: What is alive after the last backward of a step, by ``mode``. (A weight whose refresh waits for the
+            end of an accumulation has its full gradient until then, whatever the mode.)
+    """
+
+    weights: int
+    bases: int
+    moments: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All categories."""
+        return self.weights + self.bases + self.moments + self.gradients
+
+
+def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> Footprint:
+    """Bytes that are held, or will be once every parameter has taken a step.
+
+    Args:
+        base: The wrapped optimizer.
+        targets: Its projected weights.
+        config: Says how bases and low-rank gradients are kept.
+    """
+    tally = _Tally(base)
+    weights = bases = gradients = 0
+    for group in base.param_groups:
+        for param in group["params"]:
+            weights += storage.nbytes(param)
+            target = targets.get(param)
+            shape = tuple(param.shape)
+            if target is not None:
+                state = state_keys.WeightState(base.state.get(param) or {}, target.projection)
+                shape = state.projection.low_shape
+                bases += state.bases.nbytes if state.has_bases else _basis_bytes(target.projection, param, config)
+            own = {k: v for k, v in (base.state.get(param) or {}).items() if not state_keys.is_ours(k)}
+            tally.add(own or None, group, shape, param)
+            gradients += _gradient_bytes(param, target, config)
+    return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients)
+
+
+class _Tally:
+    """Adds up states; what bitsandbytes shares among all parameters (its maps of codes) counts once."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
+        self._sum = 0
+        self._shared: dict[int, Tensor] = {}
+        self._probed: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+
+    @property
+    def total(self) -> int:
+        return self._sum + storage.nbytes(self._shared)
+
+    def add(self, own: Mapping[str, Any] | None, group: Mapping[str, Any], shape: tuple[int, ...], like: Tensor) -> None:
+        """One parameter's state, or without one what a parameter of ``shape`` would have."""
+        if own is None:
+            key = (id(group), shape, like.dtype, like.device)
+            if key not in self._probed:
+                start = torch.zeros(shape, dtype=like.dtype, device=like.device)
+                self._probed[key] = base_probe.stepped(self._base, group, start)[1]
+            own = self._probed[key]
+        shared = {id(value): value for name, value in own.items() if name.startswith("qmap")}
+        self._shared |= shared
+        self._sum += storage.nbytes(own) - storage.nbytes(shared)
+
+
+def _gradient_bytes(param: Tensor, target: Target | None, config: GaLoreConfig) -> int:
+    if config.mode == "layerwise" or not param.requires_grad:
+        return 0
+    kept, shape = "param", tuple(param.shape)
+    if target is not None and config.mode == "project":
+        kept, shape = config.accumulator_storage, target.projection.low_shape
+    return storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype)
 
 
 def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Target, int]:

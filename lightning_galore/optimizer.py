@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_rules, memory, state_keys, weights
+from lightning_galore import base_probe, base_rules, memory, state_keys, weights
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.low_grad import LowGrad
@@ -67,6 +67,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         base_rules.check_base(base)
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
             state_keys.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
+        base_probe.check_moves(base, targets)
+        if config.moment_storage == "8bit":
+            base_probe.check_moment_bits(base, targets)
         if config.weight_storage == "int8":
             weights.quantize(model, targets)
         self._attach(base, config, (targets, table), model)
@@ -271,6 +274,10 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         Bytes are those held, and before the first step those that ``base`` and the basis will take.
         """
         return self._table.with_bytes(memory.held_bytes(self.base, self.targets, self.config))
+
+    def footprint(self) -> memory.Footprint:
+        """Bytes of weights, bases, moments and gradients: those held, and before the first step those to be held."""
+        return memory.footprint(self.base, self.targets, self.config)
 
 
 def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:

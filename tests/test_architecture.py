@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"projector", "proxies"}),
     frozenset({"low_grad"}),
     frozenset({"memory", "refresh"}),
-    frozenset({"convert", "foreign_state", "state_keys", "untrusted"}),
+    frozenset({"checkpoint_files", "convert", "export", "foreign_state", "state_keys", "untrusted"}),
     frozenset({"targets"}),
     frozenset({"lift", "moments", "weights"}),
     frozenset({"base_probe", "base_state", "bases", "rank", "schedule", "subspace"}),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_galore import weights
 from lightning_galore.config import (
     AccumulatorStorage,
     BasisStorage,
@@ -153,6 +154,18 @@ class GaLoreStrategy(BackwardModes):
         self.device_named = "device" in kwargs
         super().__init__(**kwargs)
         self.config = GaLoreConfig(**{name: given[name] for name in _SETTINGS})
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the model's weights, whether they are int8 in the checkpoint, in this run, or in both."""
+        state, module = checkpoint["state_dict"], self.lightning_module
+        if weights.holds_codes(state) and self.config.weight_storage == "int8":
+            assert module is not None
+            weights.prepare_to_load(module, state)
+        elif weights.holds_codes(state):
+            rank_zero_info("GaLore: the checkpoint's int8 weights are decoded, as weight_storage is not 'int8'.")
+            checkpoint = {**checkpoint, "state_dict": weights.plain_state_dict(state)}
+        super().load_model_state_dict(checkpoint, strict)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
