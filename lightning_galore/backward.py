@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_galore.linalg import norm_sq
+from lightning_galore.linalg import norm_sq, without_autocast
 from lightning_galore.low_grad import LowGrad
 
 
@@ -127,6 +127,11 @@ class GradientHooks:
         consumer = self._consumer()
         if consumer is None or param.grad is None:
             return
+        with without_autocast(param.device):
+            self._consume(param, consumer)
+
+    def _consume(self, param: Tensor, consumer: Consumer) -> None:
+        assert param.grad is not None
         if self.layerwise and param in self._moved:
             raise RuntimeError(
                 f"A parameter of shape {tuple(param.shape)} got a second gradient after it was updated in this "

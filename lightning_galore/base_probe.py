@@ -119,11 +119,12 @@ def stepped(
     """
     proxy = nn.Parameter(value.clone())
     shadow = _shadow(base, {**group, "params": [proxy]})
-    if "initial_accumulator_value" in group:  # Adagrad's state is made in its constructor
+    if "initial_accumulator_value" in group:  # Adagrad of older torch makes its state in its constructor only
         start = torch.full_like(proxy, group["initial_accumulator_value"])
         step = torch.zeros((), device=value.device if group.get("fused") else None)
         shadow.state[proxy] = {"step": step, "sum": start}
-    # Not through torch's wrapper around each step: hooks for all optimizers are there for real steps only.
+    # Neither through a scheduler's patch of the object, which counts steps, nor through torch's wrapper of each step,
+    # which calls the hooks for all optimizers: those are there for real steps only.
     step_once = type(base).step
     step_once = getattr(step_once, "__wrapped__", step_once) if getattr(step_once, "hooked", False) else step_once
     accelerators = [] if value.device.type in ("cpu", "meta") else [value.device]
@@ -144,8 +145,7 @@ def _shadow(base: Optimizer, group: dict[str, Any]) -> Any:
     """An optimizer of ``base``'s class and settings that shares nothing which a step changes."""
     shadow: Any = object.__new__(type(base))
     shadow.__dict__.update({key: _own(value) for key, value in base.__dict__.items()})
-    # A scheduler's patch, which would count this step, and what a GradScaler leaves for the next one.
-    for key in ("step", "grad_scale", "found_inf"):
+    for key in ("grad_scale", "found_inf"):  # what a GradScaler leaves for the next step
         shadow.__dict__.pop(key, None)
     shadow.state = defaultdict(dict)
     shadow.param_groups = [group]

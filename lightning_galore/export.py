@@ -34,7 +34,8 @@ class ExportReport:
     @override
     def __str__(self) -> str:
         """One line for a terminal."""
-        return f"{self.decoded} int8 weights decoded; weights: {self.bytes_before:,} bytes before, {self.bytes_after:,} after"
+        sizes = f"{self.bytes_before:,} bytes before, {self.bytes_after:,} after"
+        return f"{self.decoded} int8 weights decoded; weights: {sizes}"
 
 
 def export_weights(
@@ -52,14 +53,24 @@ def export_weights(
         overwrite: Replace ``target`` if it exists.
 
     Raises:
-        ConversionError: If the file is none of these, or has no int8 weights.
+        ConversionError: If the file is none of these, is damaged, or has no int8 weights.
         FileNotFoundError: If ``source`` or the folder of ``target`` does not exist.
         FileExistsError: If ``target`` exists and ``overwrite`` is False.
     """
     source, target = Path(source), Path(target)
     check_paths(source, target, overwrite=overwrite, accepted=_ACCEPTED)
-    checkpoint = load(source)
+    try:
+        checkpoint = load(source)
+    except OSError as error:  # of a file that was cut off, too
+        raise ConversionError(f"source={source} cannot be read ({error}); it may be cut off. {_ACCEPTED}") from error
     key, state = _model_state(checkpoint)
+    damaged = weights.damaged_codes(state)
+    if damaged:
+        names = f"{', '.join(damaged[:4])}{', ...' if len(damaged) > 4 else ''}"
+        raise ConversionError(
+            f"source={source} is damaged: the int8 codes of {names} have no scales that fit them. "
+            "Use another checkpoint of the run."
+        )
     if not weights.holds_codes(state):
         raise ConversionError(f"source={source} has no int8 weights, so there is nothing to export. {_ACCEPTED}")
     wanted = DTYPES[dtype]

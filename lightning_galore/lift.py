@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_galore import storage
+from lightning_galore.config import GaLoreConfig
 from lightning_galore.subspace import Projection, seeded_generator
 
 
@@ -52,6 +54,18 @@ class ProjectBack(Lift):
 LIFTS: dict[str, type[Lift]] = {"project_back": ProjectBack}
 
 
+def warn_of_idle_rounding(config: GaLoreConfig, params: Iterable[Tensor]) -> None:
+    """Say that ``stochastic_round=True`` does nothing, where the user has asked for it and no weight is in few bits."""
+    if not config.stochastic_round or not config.names_setting("stochastic_round"):
+        return
+    if not any(param.dtype == torch.bfloat16 or isinstance(param, storage.Int8Tensor) for param in params):
+        warnings.warn(
+            "stochastic_round=True rounds nothing: no weight is bf16 or int8. Set precision='bf16-true' or "
+            "weight_storage='int8', or leave it out.",
+            stacklevel=4,
+        )
+
+
 class Rounding:
     """How a weight that is kept in few bits takes a change.
 
@@ -84,7 +98,7 @@ class Rounding:
         if isinstance(weight, storage.Int8Tensor):
             wide = weight.dequantize(dtype)
             yield wide
-            weight.store_(wide, self._generator(wide.device, name, step) if self.stochastic else None)
+            weight.update_(wide, self._generator(wide.device, name, step) if self.stochastic else None)
         elif self.concerns(weight):
             wide = weight.to(dtype)
             yield wide

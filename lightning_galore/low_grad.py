@@ -88,8 +88,9 @@ class LowGrad:
     ) -> None:
         self.target, self.projection, self.stored = target, projection, stored
         self.refresh, self.energy = refresh, energy
-        self._proxy = nn.Parameter(torch.zeros_like(grad))
-        self._proxy.grad = grad
+        self._grad: Tensor | None = grad  # until there is a proxy
+        self._proxy: nn.Parameter | None = None
+        self._dtype = grad.dtype
         self._accumulator = accumulator
         self._bases: tuple[Tensor, ...] | None = bases
 
@@ -97,20 +98,23 @@ class LowGrad:
     def bases(self) -> tuple[Tensor, ...]:
         """The bases, decoded once until :meth:`wait`."""
         if self._bases is None:
-            self._bases = self.stored.read(self._proxy.dtype)
+            self._bases = self.stored.read(self._dtype)
         return self._bases
 
     @property
     def proxy(self) -> nn.Parameter:
-        """Zeros of the low-rank shape; its ``grad`` is the low-rank gradient."""
-        if self._accumulator is not None and self._accumulator.is_full:
-            self._proxy.grad = self._accumulator.take(self._proxy.dtype)
+        """Zeros of the low-rank shape, made when they are first asked for; ``grad`` is the low-rank gradient."""
+        self._fetch()
+        if self._proxy is None:
+            self._proxy = nn.Parameter(torch.zeros_like(self.grad))
+            self._proxy.grad, self._grad = self._grad, None
         return self._proxy
 
     @property
     def grad(self) -> Tensor:
         """The low-rank gradient, of ``projection.low_shape``."""
-        grad = self.proxy.grad
+        self._fetch()
+        grad = self._grad if self._proxy is None else self._proxy.grad
         assert grad is not None
         return grad
 
@@ -118,7 +122,17 @@ class LowGrad:
     def nbytes(self) -> int:
         """Bytes of the gradient as it waits."""
         held = self._accumulator.nbytes if self._accumulator is not None else 0
-        return held + storage.nbytes(self._proxy.grad)
+        return held + storage.nbytes(self._grad if self._proxy is None else self._proxy.grad)
+
+    def _fetch(self) -> None:
+        if self._accumulator is not None and self._accumulator.is_full:
+            self._hold(self._accumulator.take(self._dtype))
+
+    def _hold(self, grad: Tensor | None) -> None:
+        if self._proxy is None:
+            self._grad = grad
+        else:
+            self._proxy.grad = grad
 
     @property
     def skips(self) -> bool:
@@ -136,9 +150,9 @@ class LowGrad:
     def wait(self) -> None:
         """Hold as little as possible until the next backward or the step: no decoded basis, the gradient as kept."""
         self._bases = None
-        if self._accumulator is not None and self._proxy.grad is not None:
-            self._accumulator.put(self._proxy.grad)
-            self._proxy.grad = None
+        if self._accumulator is not None and not self._accumulator.is_full:
+            self._accumulator.put(self.grad)
+            self._hold(None)
 
 
 def clip_(grad: Tensor | None, max_norm: float | None, *, norm_sq: Tensor | None = None) -> None:

@@ -79,7 +79,9 @@ class _Tally:
     def total(self) -> int:
         return self._sum + storage.nbytes(self._shared)
 
-    def add(self, own: Mapping[str, Any] | None, group: Mapping[str, Any], shape: tuple[int, ...], like: Tensor) -> None:
+    def add(
+        self, own: Mapping[str, Any] | None, group: Mapping[str, Any], shape: tuple[int, ...], like: Tensor
+    ) -> None:
         """One parameter's state, or without one what a parameter of ``shape`` would have."""
         if own is None:
             key = (id(group), shape, like.dtype, like.device)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_probe, base_rules, memory, state_keys, weights
+from lightning_galore import base_probe, base_rules, linalg, memory, state_keys, weights
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.lift import warn_of_idle_rounding
 from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
 from lightning_galore.proxies import Swap
@@ -72,6 +73,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             base_probe.check_moment_bits(base, targets)
         if config.weight_storage == "int8":
             weights.quantize(model, targets)
+        elif model is not None:
+            weights.dequantize(model, targets)  # of an earlier run
+        warn_of_idle_rounding(config, [param for group in base.param_groups for param in group["params"]])
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
             if not any(map(state_keys.is_ours, base.state.get(param, ()))):
@@ -115,14 +119,18 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
     @override
     def _groups_changed(self) -> None:
         """Choose targets among parameters that came later. What is projected already has low-rank state: it stays."""
-        self._know_params()
         model = self._model() if self._model else None
         for group in self.param_groups:
             base_rules.check_decay(self.base, group)
         try:
             targets, table = select_targets(model, self.param_groups, self.config)
         except NoTargetsError:  # a copy has no model to ask, and no group names a rank
+            self._know_params()
             return
+        if self.config.weight_storage == "int8" and model is not None:
+            # Before they are hooked, and before anything of them is in use.
+            weights.quantize(model, [param for param in targets if param not in self.targets])
+        self._know_params()
         for param, target in targets.items():
             if param not in self.targets:
                 base_rules.shrink_eager_state(self.base, param, target.projection.low_shape)
@@ -158,6 +166,12 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        device = next((param.device for param in self._places), torch.device("cpu"))
+        with linalg.without_autocast(device):
+            output = self._step_all(**kwargs)
+        return loss if closure is not None else output
+
+    def _step_all(self, **kwargs: Any) -> Any:
         self.hooks.unexpose()
         swaps, dense = [], {}
         for group in self.param_groups:
@@ -169,7 +183,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         output = self._stepper.step(swaps, dense, **kwargs)
         self.hooks.end_window()
         self._projector.forget()
-        return loss if closure is not None else output
+        return output
 
     def _take(self, param: Tensor) -> LowGrad:
         """The weight's low-rank gradient: what waits from backward, and what its full gradient still holds."""

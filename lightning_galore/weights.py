@@ -52,12 +52,26 @@ def quantize(model: nn.Module | None, chosen: Collection[Tensor]) -> None:
         )
 
 
-def dequantize(model: nn.Module) -> None:
-    """Keep all weights of a model in floating point again: the inverse of :func:`quantize`, in their own dtype."""
+def dequantize(model: nn.Module, chosen: Collection[Tensor] | None = None) -> None:
+    """Keep weights of a model in floating point again: the inverse of :func:`quantize`, in their own dtype.
+
+    Args:
+        model: Holds them.
+        chosen: Which parameters; None for all that are codes.
+
+    Raises:
+        ValueError: If a parameter is in use by a graph.
+    """
+    wanted = None if chosen is None else set(chosen)
     for name, module in model.named_modules():
         for key, param in module._parameters.items():
-            if isinstance(param, Int8Tensor):
-                _swap(param, param.dequantize(), f"{name}.{key}")
+            if isinstance(param, Int8Tensor) and (wanted is None or param in wanted):
+                _swap(param, param.dequantize(), f"{name}.{key}".lstrip("."))
+
+
+def coded_weights(model: nn.Module) -> dict[str, Int8Tensor]:
+    """The weights of a model that are kept as int8 codes, by name."""
+    return {name: param for name, param in model.named_parameters() if isinstance(param, Int8Tensor)}
 
 
 def prepare_to_load(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -104,6 +118,19 @@ def holds_codes(state_dict: Mapping[str, Any]) -> bool:
     return bool(_coded(state_dict))
 
 
+def damaged_codes(state_dict: Mapping[str, Any]) -> list[str]:
+    """Keys of int8 weights in a state dict whose scales are not of their size, or are no finite numbers from 0 up."""
+    damaged = []
+    for key, value in state_dict.items():
+        absmax = state_dict.get(f"{key}{ABSMAX}")
+        if not isinstance(value, Tensor) or value.dtype != torch.int8 or absmax is None:
+            continue
+        sound = isinstance(absmax, Tensor) and absmax.is_floating_point() and holds(value, absmax, value.shape)
+        if not sound or not bool((torch.isfinite(absmax) & (absmax >= 0)).all()):
+            damaged.append(key)
+    return damaged
+
+
 def _coded(state_dict: Mapping[str, Any]) -> set[str]:
     pairs = ((key.removesuffix(ABSMAX), value) for key, value in state_dict.items() if key.endswith(ABSMAX))
     return {
@@ -127,6 +154,7 @@ def _swap(param: Tensor, value: Tensor, name: str) -> None:
     new = nn.Parameter(value, requires_grad=param.requires_grad)
     extra = {key: entry for key, entry in vars(param).items() if key not in ("codes", "absmax", "_is_param")}
     vars(new).update(extra)
+    grad = param.grad
     try:
         torch.utils.swap_tensors(param, new)
     except RuntimeError as error:
@@ -134,6 +162,13 @@ def _swap(param: Tensor, value: Tensor, name: str) -> None:
             f"{name} cannot change how it is kept, because something else refers to it ({error}). Wrap the optimizer "
             "before the first forward pass, and before anything takes a weak reference to the weights."
         ) from error
+    # The swap leaves the gradient behind, and the hooks known by name only: set anew, they are registered anew.
+    param.grad = grad
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        registered = getattr(param, hooks)
+        if registered:
+            setattr(param, hooks, None)
+            setattr(param, hooks, registered)
 
 
 def _install(module: nn.Module) -> None:

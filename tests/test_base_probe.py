@@ -112,6 +112,26 @@ def test_learning_rate_at_the_start_of_a_warm_up_is_no_fault(lr: Any) -> None:
     assert float(lr) in (0.0, 1e-12)
 
 
+def test_step_relative_to_the_weight_is_shown_one() -> None:
+    params = weights()
+    check_moves(torch.optim.Adafactor(params, eps=(None, 0.0)), params)
+
+
+def test_state_that_only_a_constructor_makes_is_there() -> None:
+    class Adagrad(torch.optim.Adagrad):
+        """As in older torch: a step takes what the constructor has made."""
+
+        @override
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            assert all("sum" in self.state[param] for group in self.param_groups for param in group["params"])
+            super().step(closure)
+
+    params = weights()
+    base = Adagrad(params, initial_accumulator_value=0.5)
+    check_moves(base, params)
+    assert stepped(base, base.param_groups[0], torch.zeros(2, 2))[1]["sum"].unique().tolist() == [0.5]
+
+
 # -- it does not -------------------------------------------------------------------------------------------------------
 
 

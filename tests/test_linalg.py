@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_galore import linalg
 from tests.helpers import assert_orthonormal, assert_same_subspace, captured_energy, decaying_matrix
+from tests.reference import codes_reference
 
 SHAPES = [(96, 80), (80, 96), (80, 80)]
 
@@ -284,3 +285,38 @@ def test_overlap_of_bases_of_other_widths_counts_the_narrower_one() -> None:
     assert float(linalg.overlap(identity[:, :2], identity[:, :4])) == 1.0
     assert float(linalg.overlap(identity[:, :4], identity[:, :2])) == 1.0
     assert float(linalg.overlap(identity[:, :2], identity[:, 1:5])) == 0.5
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (64, 64), (5, 1), (1, 1)])
+@pytest.mark.parametrize("bend", [0.0, 0.05, 0.15])
+def test_nearest_orthonormal_is_the_polar_factor(shape: tuple[int, int], bend: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = linalg.orthonormalize(torch.randn(*shape, dtype=torch.float64, generator=generator))
+    sizes = 1 + bend * (2 * torch.rand(shape[1], dtype=torch.float64, generator=generator) - 1)
+    turn = linalg.orthonormalize(torch.randn(shape[1], shape[1], dtype=torch.float64, generator=generator))
+    bent = basis @ (turn * sizes) @ turn.mT
+    found = linalg.nearest_orthonormal(bent)
+    # The first term that the series leaves out, with E = 2 bend + bend^2 at most.
+    left = 35 / 128 * (2 * bend + bend**2) ** 4 / (1 - 2 * bend) + 1e-13
+    assert float(torch.linalg.matrix_norm(found - codes_reference.polar(bent), 2)) <= left
+    torch.testing.assert_close(codes_reference.polar(bent), basis, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("error", [-0.4, -0.2, 0.2, 0.4])
+def test_nearest_orthonormal_leaves_less_than_a_twentieth(error: float) -> None:
+    """At the edge of what counts as nearly orthonormal; of the departure and of the distance to the polar factor."""
+    basis = torch.eye(6, 3, dtype=torch.float64)
+    bent = basis * (1 + error) ** 0.5
+    assert linalg.is_nearly_orthonormal(bent * (1 - 1e-12 if error > 0 else 1 + 1e-12))
+    assert not linalg.is_nearly_orthonormal(basis * (1 + 1.01 * 0.4) ** 0.5)
+    assert not linalg.is_nearly_orthonormal(basis * (1 - 1.01 * 0.4) ** 0.5)
+    found = linalg.nearest_orthonormal(bent)
+    assert codes_reference.departure(found) < 0.05 * codes_reference.departure(bent)
+    assert float((found - basis).norm()) < 0.05 * float((bent - basis).norm())
+
+
+def test_one_lost_column_is_not_nearly_orthonormal() -> None:
+    basis = torch.eye(6, 3)
+    basis[:, 1] = 0
+    assert not linalg.is_nearly_orthonormal(basis)
+    assert not linalg.is_nearly_orthonormal(torch.full((6, 3), torch.nan))

@@ -162,10 +162,13 @@ def test_identity_projection_equals_the_bare_optimizer(name: str, variant: str, 
 @pytest.mark.parametrize(("name", "variant"), variants())
 @pytest.mark.usefixtures("unit_vectors")
 def test_identity_projection_equals_the_bare_optimizer_in_bf16(name: str, variant: str) -> None:
-    """A proxy keeps the update in bf16, the bare one adds it unrounded: few units in the last place after 20 steps.
-
-    The bare one also rounds its decoupled decay apart, before the update: one unit more a step.
-    """
+    if name.startswith("sgd") and "fused" in variant:
+        # torch's fused SGD leaves most of a bf16 parameter where it is on a CPU: the self-check says so.
+        with pytest.raises(ValueError, match="Set fused=False"):
+            wrapped_and_bare(name, variant, torch.bfloat16)
+        return
+    # A proxy keeps the update in bf16, the bare one adds it unrounded: few units in the last place after 20 steps.
+    # The bare one also rounds its decoupled decay apart, before the update: one unit more a step.
     ours, bare = wrapped_and_bare(name, variant, torch.bfloat16)
     units = 20 if (name, variant) == ("lion", "decay") else 8
     for one, other in zip(ours.parameters(), bare.parameters(), strict=True):

@@ -61,6 +61,7 @@ def test_without_a_closure_the_bases_value_is_returned_and_arguments_are_handed_
 
     model = Matrices((8, 8))
     optimizer = GaLoreOptimizer(Talkative(model.parameters(), lr=0.1), model, rank=2)
+    seen.clear()  # the self-check has stepped a copy
     model.give_gradients(0)
     assert optimizer.step(note="hello") == "done"
     assert optimizer.step(lambda: 3.0, note="again") == 3.0
@@ -289,3 +290,26 @@ def test_groups_can_be_replaced() -> None:
     optimizer.param_groups = [group]
     assert optimizer.base.param_groups[0] is group
     assert set(optimizer.targets) == set(model.matrices())
+
+
+@pytest.mark.parametrize("mode", ["step", "project", "layerwise"])
+@pytest.mark.parametrize("storage", ["param", "int4"])
+def test_backward_and_step_inside_autocast_change_nothing(storage: Any, mode: Any) -> None:
+    """As manual optimization does under precision="bf16-mixed": bases and moments keep their dtype."""
+    runs = []
+    for inside in (False, True):
+        model = TinyTransformer()
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = GaLoreOptimizer(base, model, rank=4, update_proj_gap=2, mode=mode, basis_storage=storage)
+        for step in range(5):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = language_loss(model, step)
+                if inside:
+                    loss.backward()
+                    optimizer.step()
+            if not inside:
+                loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+        runs.append(list(model.parameters()))
+    assert same_bits(*runs)

@@ -191,6 +191,10 @@ class GaLoreConfig:
             object.__setattr__(self, axis, choice)
         object.__setattr__(self, "_opened", frozenset(opened))
 
+    def names_setting(self, name: str) -> bool:
+        """Whether a setting was given, and not left open to ``method`` and the defaults."""
+        return name not in self._opened
+
     @property
     def gap(self) -> int:
         """``update_proj_gap``, which is a number once the configuration is made."""

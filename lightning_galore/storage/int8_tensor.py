@@ -22,6 +22,7 @@ class Int8Tensor(Tensor):
     A tensor class and not another module, so that a module keeps its class, its names and its ``forward``, and the
     parameter its place in the optimizer: gradients are ordinary tensors. Its ``linear`` keeps nothing but the codes for
     backward. Every other operation decodes first, and one that writes in place rounds to the nearest code afterwards.
+    A view of it (``weight[0]``, ``weight.t()``) is a decoded copy: read it, but write to the weight itself.
 
     Args:
         codes: int8, of the tensor's shape.
@@ -55,13 +56,21 @@ class Int8Tensor(Tensor):
         """
         return INT8.decode(self.codes, self.absmax, self.shape, dtype or self.dtype)
 
-    def store_(self, value: Tensor, generator: torch.Generator | None = None) -> None:
-        """Write a floating-point value: stochastically with a generator, else to the nearest codes."""
+    def store_(self, value: Tensor) -> None:
+        """Write another floating-point value, to the nearest codes with fresh scales."""
+        self._take(*INT8.encode(value))
+
+    def update_(self, value: Tensor, generator: torch.Generator | None = None) -> None:
+        """Write what this has become by a small step: scales stay where they serve, so that what did not move stays.
+
+        Args:
+            value: Floating-point, of the same shape.
+            generator: Rounds at random; None rounds to the nearest codes.
+        """
         if generator is None:
-            codes, absmax = INT8.encode(value)
+            self._take(*INT8.encode(value, absmax=self.absmax))
         else:
-            codes, absmax = INT8.encode_stochastically(value, generator, absmax=self.absmax)
-        self._take(codes, absmax)
+            self._take(*INT8.encode_stochastically(value, generator, absmax=self.absmax))
 
     def _take(self, codes: Tensor, absmax: Tensor) -> None:
         self.codes.copy_(codes)
@@ -87,8 +96,9 @@ class Int8Tensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is nn.functional.linear:
-            return _linear(*args, **(kwargs or {}))
+        function = _FUNCTIONS.get(func)
+        if function is not None:
+            return function(*args, **(kwargs or {}))
         # Not the parent's: it would dress up every result as this class.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -102,14 +112,16 @@ class Int8Tensor(Tensor):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
-        written = [i for i, arg in enumerate(func._schema.arguments) if arg.alias_info and arg.alias_info.is_write]
+        schema = enumerate(func._schema.arguments)
+        written = [(i, arg.name) for i, arg in schema if arg.alias_info and arg.alias_info.is_write]
         plain: dict[int, Tensor] = {}
 
         def decoded(value: Int8Tensor) -> Tensor:
             return plain.setdefault(id(value), value.dequantize())
 
         results = func(*tree_map_only(Int8Tensor, decoded, args), **tree_map_only(Int8Tensor, decoded, kwargs))
-        changed = [one for i in written if i < len(args) for one in _tensors(args[i])]
+        targets = [args[i] if i < len(args) else kwargs.get(name) for i, name in written]
+        changed = [one for target in targets for one in _tensors(target)]
         for value in changed:
             value.store_(plain[id(value)])
         if not changed:
@@ -146,7 +158,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if isinstance(source, Int8Tensor):
         target._take(source.codes, source.absmax)
     else:
-        target.store_(source.to(target.device))
+        target.store_(source.to(target.device).expand(target.shape))
     return target
 
 
@@ -165,7 +177,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, x: Tensor, weight: Int8Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # As nn.Linear does: no more than what backward needs.
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return nn.functional.linear(x, weight.dequantize(dtype), bias)
 
     @staticmethod
@@ -175,7 +189,8 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            grad @ weight.dequantize(grad.dtype) if needs_x else None,
+            # Not dequantize: for the gradient of this gradient.
+            grad @ weight.to(grad.dtype) if needs_x else None,
             rows.mT @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
             None,
@@ -183,12 +198,43 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, Int8Tensor):  # the input or the bias is one
-        return nn.functional.linear(*tree_map_only(Int8Tensor, Int8Tensor.dequantize, (input, weight, bias)))
+    if not isinstance(weight, Int8Tensor) or weight.dim() != 2:  # the input or the bias is one
+        with torch._C.DisableTorchFunctionSubclass():
+            return nn.functional.linear(input, weight, bias)
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    # As autocast itself, which leaves fp64 as it is.
+    if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(device)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
     else:
         dtype = weight.dtype
     return _Linear.apply(input, weight, bias, dtype)
+
+
+def _set_item(target: Tensor, index: Any, value: Any) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        if isinstance(target, Int8Tensor):
+            plain = target.dequantize()
+            plain[index] = value
+            target.copy_(plain)
+        else:  # the value is one
+            target[index] = value
+
+
+def _set_data(target: Tensor, value: Tensor) -> None:
+    """``target.data = value``, which otherwise would replace memory that this class does not have, and be lost."""
+    same = (target.shape, target.dtype, target.device) == (value.shape, value.dtype, value.device)
+    if not isinstance(target, Int8Tensor) or not same:
+        given, held = (f"{type(t).__name__} {tuple(t.shape)}, {t.dtype}, {t.device}" for t in (value, target))
+        raise ValueError(
+            f"data={given} cannot replace {held}: int8 codes keep their place. Use copy_ under torch.no_grad(), or "
+            "make another parameter."
+        )
+    _copy(target, value.detach())
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    nn.functional.linear: _linear,
+    Tensor.__setitem__: _set_item,
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+}

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_galore.storage.blockwise import INT4, INT8, Blockwise
-from lightning_galore.storage.sizes import nbytes
+from lightning_galore.storage.blockwise import ABSMAX_DTYPE, INT4, INT8, Blockwise
 
 DTYPES: dict[str, torch.dtype | None] = {
     "param": None,  # that of the weight
@@ -86,4 +85,7 @@ def holds(codes: Tensor, absmax: Tensor | None, shape: Sequence[int]) -> bool:
     codec = {torch.int8: INT8, torch.uint8: INT4}.get(codes.dtype)
     if codec is None or absmax is None:
         return False
-    return nbytes((codes, absmax)) == codec.nbytes(math.prod(shape))
+    numel = math.prod(shape)
+    coded = tuple(shape) if codec.bits == 8 else (math.ceil(numel / 2),)
+    blocks = math.ceil(numel / codec.block_size)
+    return codes.shape == coded and absmax.shape == (blocks,) and absmax.dtype == ABSMAX_DTYPE

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import weights
 from lightning_galore.config import (
     AccumulatorStorage,
     BasisStorage,
@@ -39,6 +38,7 @@ from lightning_galore.config import (
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.strategies.backward_modes import BackwardModes
 from lightning_galore.strategies.checks import check_backward_mode
+from lightning_galore.strategies.int8_weights import check_optimizers, prepare_to_load, prepare_to_train
 from lightning_galore.targets import NoTargetsError, TargetTable
 
 log = logging.getLogger(__name__)
@@ -158,13 +158,8 @@ class GaLoreStrategy(BackwardModes):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the model's weights, whether they are int8 in the checkpoint, in this run, or in both."""
-        state, module = checkpoint["state_dict"], self.lightning_module
-        if weights.holds_codes(state) and self.config.weight_storage == "int8":
-            assert module is not None
-            weights.prepare_to_load(module, state)
-        elif weights.holds_codes(state):
-            rank_zero_info("GaLore: the checkpoint's int8 weights are decoded, as weight_storage is not 'int8'.")
-            checkpoint = {**checkpoint, "state_dict": weights.plain_state_dict(state)}
+        if self.lightning_module is not None:
+            checkpoint = prepare_to_load(checkpoint, self.lightning_module, self.config)
         super().load_model_state_dict(checkpoint, strict)
 
     @override
@@ -175,6 +170,8 @@ class GaLoreStrategy(BackwardModes):
         that was returned. The schedulers keep the user's object, whose param groups are those of the wrapper.
         """
         self._remove_hooks()
+        assert self.lightning_module is not None
+        prepare_to_train(trainer, self.lightning_module, self.config)
         super().setup_optimizers(trainer)
         unwrapped: list[NoTargetsError] = []
         wrapped = list(self.optimizers)
@@ -188,6 +185,7 @@ class GaLoreStrategy(BackwardModes):
         for error in unwrapped:
             rank_zero_warn(f"One of the optimizers has no weight to project and stays as it is. {error}")
         check_backward_mode(self.config, trainer, self.lightning_module, wrapped)
+        check_optimizers(self.lightning_module, wrapped, self.config)
         for optimizer in galore:
             optimizer.hooks.armed = False
             if self.config.mode != "step":
