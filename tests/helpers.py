@@ -110,7 +110,7 @@ class TinyTransformer(nn.Module):
 def language_loss(model: nn.Module, step: int) -> Tensor:
     """Next-token loss of one small batch that depends on nothing but ``step``."""
     generator = torch.Generator().manual_seed(1000 + step)
-    tokens = torch.randint(VOCABULARY, (4, 9), generator=generator)
+    tokens = torch.randint(VOCABULARY, (4, 9), generator=generator).to(next(model.parameters()).device)
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
