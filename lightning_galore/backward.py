@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_galore.distributed import OrderedAverage, Team
 from lightning_galore.linalg import norm_sq, without_autocast
 from lightning_galore.low_grad import LowGrad
 
@@ -67,6 +68,10 @@ class GradientHooks:
         self._exact: dict[Tensor, bool] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._removed = False
+        # Where several processes train one model: what this window has gathered is averaged before it is used.
+        self.team: Team | None = None
+        self._average: OrderedAverage | None = None
+        self._settled = False
         self._exposed: list[tuple[dict[str, Any], list[Tensor]]] | None = None
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
@@ -105,6 +110,9 @@ class GradientHooks:
 
     def end_window(self) -> None:
         """The step has been taken, or skipped."""
+        if self._average is not None:
+            self._average.drop()
+        self._average, self._settled = None, False
         self._due.clear()
         self._moved.clear()
         self._grad_sq.clear()
@@ -132,7 +140,7 @@ class GradientHooks:
 
     def _consume(self, param: Tensor, consumer: Consumer) -> None:
         assert param.grad is not None
-        if self.layerwise and param in self._moved:
+        if self.layerwise and (param in self._moved or (self._average is not None and self._average.has(param))):
             raise RuntimeError(
                 f"A parameter of shape {tuple(param.shape)} got a second gradient after it was updated in this "
                 'step (mode="layerwise"). Reentrant activation checkpointing and a second backward before step() '
@@ -145,10 +153,15 @@ class GradientHooks:
                 f"Gradients are clipped by value to {self.clip_value}, but this backward is not the last one of its "
                 'step: mode="layerwise" adds up low-rank gradients, whose entries cannot be clipped. Use mode="step".'
             )
-        if not (target or moves) or (target and self._keeps_full(param, consumer)):
+        keeps_full = target and self._keeps_full(param, consumer)
+        if moves and self.team is not None:
+            low_grad = self._project(param, consumer) if target and not keeps_full else None
+            self._averages().put(param, param.grad if low_grad is None else low_grad.grad)
+            return
+        if keeps_full or not (target or moves):
             return
         # After a second gradient in one window the cross term of the two is gone, and with it the norm of their sum.
-        self._exact[param] = param not in self._grad_sq
+        self._exact[param] = param not in self._grad_sq and self.team is None
         self._grad_sq[param] = norm_sq(param.grad)
         if moves and self.clip_value is not None:
             param.grad.clamp_(-self.clip_value, self.clip_value)
@@ -163,7 +176,8 @@ class GradientHooks:
         """Whether a refresh, or a look at the gradient's energy, must wait for the window's last backward."""
         if param not in self._due:
             self._due[param] = consumer.is_due(param)
-        return not self.armed and param not in self.waiting and consumer.waits(param)
+        # Where there are several processes, until their gradients have been averaged.
+        return (not self.armed or self.team is not None) and param not in self.waiting and consumer.waits(param)
 
     def _project(self, param: Tensor, consumer: Consumer) -> LowGrad:
         """Add to the weight's low-rank gradient and free the full one."""
@@ -193,6 +207,57 @@ class GradientHooks:
         consumer.move(param, low_grad)
         param.grad = None
 
+    # -- several processes ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Average over the processes what this window has gathered, once; every process calls it at the same point.
+
+        In mode "layerwise" that moves the parameters which have not moved yet.
+        """
+        if self.team is None or self._settled:
+            return
+        self._settled = True
+        average = self._averages()
+        for param in self._order():
+            low_grad = self.waiting.get(param)
+            own = param.grad if low_grad is None else low_grad.grad
+            if own is not None and not average.has(param):
+                average.put(param, own)
+        for param in average.finish(self._zeros):
+            self.waiting.pop(param, None)
+            param.grad = None
+        self._average = None
+
+    def _order(self) -> list[Tensor]:
+        """All hooked parameters, in about the order in which backward reaches them, alike on every process."""
+        return list(reversed(self._handles))
+
+    def _averages(self) -> OrderedAverage:
+        if self._average is None:
+            assert self.team is not None
+            self._average = OrderedAverage(self.team, self._order(), done=self._averaged)
+        return self._average
+
+    def _averaged(self, param: Tensor) -> None:
+        consumer = self._consumer()
+        if not self.layerwise or consumer is None:
+            return
+        low_grad = None
+        if consumer.is_target(param):
+            low_grad = self.waiting.get(param) or self._project(param, consumer)
+        elif param.grad is not None:
+            self._grad_sq[param] = norm_sq(param.grad)
+        self._exact[param] = False
+        self._move(param, low_grad, consumer)
+
+    def _zeros(self, param: Tensor) -> Tensor:
+        """What stands for a gradient that this process has not got, of the shape that the others send."""
+        consumer = self._consumer()
+        param.grad = torch.zeros_like(param)
+        if consumer is None or not consumer.is_target(param) or self._keeps_full(param, consumer):
+            return param.grad
+        return self._project(param, consumer).grad
+
     # -- norms ---------------------------------------------------------------------------------------------------------
 
     def residual_sq(self) -> list[Tensor]:
@@ -214,6 +279,7 @@ class GradientHooks:
 
     def grad_norm(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Norm of all gradients of this window, 0-D: those still held, those waiting, and those already consumed."""
+        self.settle()
         params = [param for group in groups for param in group["params"]]  # proxies and the residual, while exposed
         parts = [norm_sq(param.grad) for param in params if param.grad is not None]
         if self._exposed is None:
@@ -236,6 +302,7 @@ class GradientHooks:
         Args:
             groups: The optimizer's param groups; :meth:`unexpose` puts them back.
         """
+        self.settle()
         if self._exposed is not None or not self.waiting:
             return
         self._exposed = [(group, group["params"]) for group in groups]

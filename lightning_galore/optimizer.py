@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_galore import base_probe, base_rules, linalg, memory, state_keys, weights
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.distributed import Team
 from lightning_galore.lift import warn_of_idle_rounding
 from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
@@ -173,6 +174,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
 
     def _step_all(self, **kwargs: Any) -> Any:
         self.hooks.unexpose()
+        self.hooks.settle()
+        self._projector.divide((p, g) for g in self.param_groups for p in g["params"] if self._refreshes_now(p))
         swaps, dense = [], {}
         for group in self.param_groups:
             for param in group["params"]:
@@ -184,6 +187,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self.hooks.end_window()
         self._projector.forget()
         return output
+
+    def _refreshes_now(self, param: Tensor) -> bool:
+        return param in self.targets and param not in self.hooks.waiting and self.is_due(param)
 
     def _take(self, param: Tensor) -> LowGrad:
         """The weight's low-rank gradient: what waits from backward, and what its full gradient still holds."""
@@ -263,6 +269,20 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         terms of what projecting left out went with them, and its low-rank norm counts.
         """
         return self.hooks.grad_norm(self.param_groups)
+
+    def join(self, team: Team) -> None:
+        """Train together with other processes, which hold the same weights and see different data.
+
+        Each basis is found by one of them. In mode "step" the gradients must come averaged, as DDP leaves them; in the
+        other modes they are averaged here, in low rank, so the model must not be wrapped in DDP. Then every process
+        must call :meth:`step`, :meth:`grad_norm` and :meth:`exposed` at the same points.
+
+        Args:
+            team: The processes.
+        """
+        self._projector.join(team)
+        if self.config.mode != "step":
+            self.hooks.team = team
 
     # -- state and reports ---------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_galore import base_rules, linalg, memory, schedule
+from lightning_galore.agreement import Agreement, Due
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.distributed import Team
 from lightning_galore.low_grad import Accumulator, LowGrad
 from lightning_galore.moments import MOMENTS
 from lightning_galore.rank import Extent, StateBudget
@@ -37,6 +39,8 @@ class Projector:
         self.config = config
         self.schedule = SCHEDULES[config.schedule](config)
         self.refresher = Refresher(base, config, self._ranks)
+        #: Where several processes train one model; None for one.
+        self.agreement: Agreement | None = None
         #: Whether to measure the captured energy at every step.
         self.watching = False
         self._moments = MOMENTS[config.moments]()
@@ -91,6 +95,27 @@ class Projector:
     def forget(self) -> None:
         """No refresh waits for its step any more."""
         self.refresher.forget()
+        if self.agreement is not None:
+            self.agreement.forget()
+
+    def join(self, team: Team) -> None:
+        """Refresh together with other processes from now on."""
+        self.agreement = Agreement(team, self.refresher)
+
+    def divide(self, due: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> None:
+        """Say which weights :meth:`prepare` will refresh next, so that processes share the work.
+
+        Args:
+            due: Weights with a gradient, and their param groups.
+        """
+        if self.agreement is None:
+            return
+        ones = [
+            Due(grad=param.grad, target=self._targets[param], state=self.state_of(param), group=group)
+            for param, group in due
+            if param.grad is not None
+        ]
+        self.agreement.divide(ones)
 
     def state_of(self, param: Tensor) -> WeightState:
         """The state of a projected weight, to read; before its first step it is empty."""
@@ -129,7 +154,9 @@ class Projector:
                 f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
             )
         refresh = None
-        if due:
+        if due and self.agreement is not None:
+            refresh = self.agreement.refresh(Due(grad=grad, target=target, state=state, group=group))
+        elif due:
             refresh = self.refresher.refresh(grad, target, state, group)
         elif not state.has_bases:
             refresh = self.refresher.stand_in(grad, target, state)
@@ -137,11 +164,12 @@ class Projector:
         projection = target.projection.with_rank(stored.rank)
         bases = stored.read(grad.dtype)
         low = projection.project(grad, bases)
-        wanted = self.watching or (refresh and refresh.found)
-        if wanted or (self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))):
-            energy = (linalg.norm(low) / linalg.norm(grad)).square()
-        else:
-            energy = None
+        decides = bool(refresh and refresh.found) or (
+            self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))
+        )
+        energy = (linalg.norm(low) / linalg.norm(grad)).square() if decides or self.watching else None
+        if energy is not None and decides and self.agreement is not None:
+            energy = self.agreement.agree(energy)
         return LowGrad(
             low,
             target=target,

@@ -126,6 +126,11 @@ class Refresher:
         """Unit vectors, for a weight whose first refresh comes later."""
         return Refresh(bases=self._unit(grad, target, state), found=False, due=False)
 
+    def note_rank(self, target: Target, rank: int) -> None:
+        """Another process has chosen a rank for a refresh that waits for its step now."""
+        if self._rule is not None:
+            self._chosen[target] = rank
+
     def forget(self, target: Target | None = None) -> None:
         """The rank of a refresh stands in the state now, or was dropped; without ``target`` those of all."""
         if target is None:

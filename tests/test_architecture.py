@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"backward", "stepping", "watch", "wrapper"}),
     frozenset({"projector", "proxies"}),
     frozenset({"low_grad"}),
+    frozenset({"agreement"}),
     frozenset({"memory", "refresh"}),
     frozenset({"checkpoint_files", "convert", "export", "foreign_state", "state_keys", "untrusted"}),
     frozenset({"targets"}),
@@ -30,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"base_probe", "base_state", "bases", "rank", "schedule", "subspace"}),
     frozenset({"base_rules", "named_optimizers"}),
     frozenset({"storage"}),
-    frozenset({"linalg"}),
+    frozenset({"distributed", "linalg"}),
 )
 ANYONE = frozenset({"config"})  # a leaf: may be read from everywhere and imports no other room
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms} | dict.fromkeys(ANYONE, 99)

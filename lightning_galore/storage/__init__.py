@@ -5,7 +5,7 @@ from lightning_galore.storage.blockwise import INT4, INT8, Blockwise
 from lightning_galore.storage.int8_tensor import Int8Tensor
 from lightning_galore.storage.rounding import round_stochastically_
 from lightning_galore.storage.sizes import nbytes
-from lightning_galore.storage.stored import CODECS, DTYPES, Stored, holds, stored_bytes, write
+from lightning_galore.storage.stored import CODECS, DTYPES, Stored, allocate, holds, stored_bytes, write
 
 __all__ = [
     "CODECS",
@@ -15,6 +15,7 @@ __all__ = [
     "Blockwise",
     "Int8Tensor",
     "Stored",
+    "allocate",
     "holds",
     "nbytes",
     "round_stochastically_",

@@ -66,6 +66,23 @@ def write(value: Tensor, *, storage: str, param_dtype: torch.dtype) -> Stored:
     return Stored(codes=kept.copy_(value), absmax=None, shape=shape)
 
 
+def allocate(shape: Sequence[int], *, storage: str, device: torch.device) -> Stored:
+    """Memory for a tensor of ``shape`` as :func:`write` would keep it, with nothing written yet.
+
+    Args:
+        shape: Of the tensor.
+        storage: ``fp64`` or a name of ``DTYPES`` (but ``param``) or ``CODECS``.
+        device: Where.
+    """
+    shape = tuple(shape)
+    if storage in CODECS:
+        empty = torch.zeros(shape, dtype=torch.float32, device=device)
+        codes, absmax = CODECS[storage].encode(empty)
+        return Stored(codes=codes, absmax=absmax, shape=shape)
+    dtype = torch.float64 if storage == "fp64" else DTYPES[storage]
+    return Stored(codes=torch.empty(shape, dtype=dtype, device=device), absmax=None, shape=shape)
+
+
 def stored_bytes(shape: Sequence[int], *, storage: str, param_dtype: torch.dtype) -> int:
     """Bytes that :func:`write` takes for a tensor of ``shape``."""
     numel = math.prod(shape)

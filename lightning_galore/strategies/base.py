@@ -8,7 +8,7 @@ import difflib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
@@ -43,7 +43,7 @@ from lightning_galore.targets import NoTargetsError, TargetTable
 
 log = logging.getLogger(__name__)
 
-BaseName = Literal["auto", "single_device"]
+BaseName = Literal["auto", "single_device", "ddp"]
 _SETTINGS = tuple(field.name for field in dataclasses.fields(GaLoreConfig))
 
 
@@ -92,7 +92,7 @@ class GaLoreStrategy(BackwardModes):
         fix_signs: Fix the arbitrary signs of singular vectors.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
         seed: Seed of the random subspaces.
-        base: The Lightning strategy to run on; "auto" picks by the Trainer's devices.
+        base: The Lightning strategy to run on: "single_device", "ddp"; "auto" picks by the Trainer's devices.
         **kwargs: Arguments of that Lightning strategy.
 
     Raises:
@@ -104,6 +104,9 @@ class GaLoreStrategy(BackwardModes):
         >>> type(trainer.strategy).__name__
         'GaLoreSingleDeviceStrategy'
     """
+
+    #: Keywords that the Lightning strategy hands on to what it makes.
+    handed_on: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -150,6 +153,7 @@ class GaLoreStrategy(BackwardModes):
         concrete = _concrete_class(base)
         if type(self) is GaLoreStrategy:
             self.__class__ = concrete
+        self._only_one = base == "single_device"
         _check_names(type(self), kwargs)
         self.device_named = "device" in kwargs
         super().__init__(**kwargs)
@@ -249,10 +253,15 @@ class GaLoreStrategy(BackwardModes):
 
 
 def _concrete_class(base: str) -> type[GaLoreStrategy]:
+    from lightning_galore.strategies.ddp import GaLoreDDPStrategy
     from lightning_galore.strategies.single_device import GaLoreAutoStrategy
 
-    # Which device, and that there is only one, is known once the Trainer has said so.
-    classes: dict[str, type[GaLoreStrategy]] = {"auto": GaLoreAutoStrategy, "single_device": GaLoreAutoStrategy}
+    # Which device, and how many there are, is known once the Trainer has said so.
+    classes: dict[str, type[GaLoreStrategy]] = {
+        "auto": GaLoreAutoStrategy,
+        "single_device": GaLoreAutoStrategy,
+        "ddp": GaLoreDDPStrategy,
+    }
     if base not in classes:
         raise ValueError(f"base={base!r} is not known; choose one of {', '.join(map(repr, classes))}.")
     return classes[base]
@@ -260,7 +269,7 @@ def _concrete_class(base: str) -> type[GaLoreStrategy]:
 
 def _check_names(cls: type[GaLoreStrategy], kwargs: Mapping[str, Any]) -> None:
     """Refuse a misspelt keyword in our words: it would reach a Lightning class that the user has not named."""
-    known = {
+    known = set(cls.handed_on) | {
         name
         for parent in cls.__mro__
         if issubclass(parent, Strategy) and "__init__" in vars(parent)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process finds a basis and all take it: the same gradient gives other bits under another number of threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_galore import storage
+from lightning_galore.bases import StoredBases
+from lightning_galore.distributed import Team
+from lightning_galore.moments import Change
+from lightning_galore.refresh import REPORTED, Refresh, Refresher
+from lightning_galore.state_keys import WeightState
+from lightning_galore.targets import Target
+
+# How a basis is kept, as a number in the header.
+_KINDS = ("int4", "int8", "fp32", "bf16", "fp16", "fp64")
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_FIXED = 9  # numbers in the header before the spectrum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """A weight whose basis is due, with what a refresh of it takes."""
+
+    grad: Tensor
+    target: Target
+    state: WeightState
+    group: Mapping[str, Any]
+
+
+class Agreement:
+    """Refreshes of weights whose gradients are the same on all processes, each by one of them.
+
+    Args:
+        team: The processes.
+        refresher: Finds bases.
+    """
+
+    def __init__(self, team: Team, refresher: Refresher) -> None:
+        self._team, self._refresher = team, refresher
+        self._owners: dict[Target, int] = {}
+        self._mine: dict[Target, Refresh] = {}
+        self._turn = 0
+
+    def divide(self, due: Sequence[Due]) -> None:
+        """Divide refreshes that come next among the processes by their cost, and do this one's share now.
+
+        Not where a budget caps the ranks: there each refresh must know what the one before has taken.
+        """
+        if self._refresher.budget is not None or len(due) < 2:
+            return
+        costs = [math.prod(one.target.projection.shape) * float(one.target.projection.rank) for one in due]
+        for one, owner in zip(due, self._team.divide(costs), strict=True):
+            self._owners[one.target] = owner
+            if owner == self._team.rank:
+                self._mine[one.target] = self._refresher.refresh(one.grad, one.target, one.state, one.group)
+
+    def refresh(self, one: Due) -> Refresh:
+        """What the weight's owner finds; every process calls this for the same weights in the same order."""
+        owner = self._owners.pop(one.target, None)
+        if owner is None:
+            owner, self._turn = self._turn % self._team.size, self._turn + 1
+        if owner == self._team.rank:
+            mine = self._mine.pop(one.target, None)
+            refresh = mine or self._refresher.refresh(one.grad, one.target, one.state, one.group)
+            self._team.share(_header(refresh, one.grad.device), owner=owner)
+            for tensor in _tensors(refresh.bases):
+                self._team.share(tensor, owner=owner)
+            return refresh
+        header = self._team.share(_header(None, one.grad.device), owner=owner).tolist()
+        bases = self._allocated(header, one)
+        for tensor in _tensors(bases):
+            self._team.share(tensor, owner=owner)
+        return self._received(header, bases, one)
+
+    def agree(self, number: Tensor) -> Tensor:
+        """A 0-D tensor as the first process has it: schedules decide by it, and must do so alike."""
+        return self._team.share(number.clone(), owner=0)
+
+    def forget(self) -> None:
+        """No refresh waits any more."""
+        self._owners.clear()
+        self._mine.clear()
+
+    def _allocated(self, header: Sequence[float], one: Due) -> StoredBases | None:
+        rank = int(header[2])
+        if not rank:
+            return None
+        parts = tuple(
+            storage.allocate(shape, storage=_KINDS[int(kind)], device=one.grad.device)
+            for shape, kind in zip(one.target.projection.with_rank(rank).basis_shapes, header[5:7], strict=False)
+        )
+        return StoredBases(parts=parts, orthonormal=self._refresher.subspace.orthonormal)
+
+    def _received(self, header: Sequence[float], bases: StoredBases | None, one: Due) -> Refresh:
+        found, finite, _, overlap, cosine, _, _, changes, count = header[:_FIXED]
+        change = None
+        if bases is not None:
+            self._refresher.note_rank(one.target, bases.rank)
+        if bases is not None and changes:
+            old, new = one.state.bases.read(one.grad.dtype), bases.read(one.grad.dtype)
+            change = Change.between(old, new, one.target.projection.side)
+        return Refresh(
+            bases=bases,
+            found=bool(found),
+            finite=bool(finite),
+            change=change,
+            overlap=overlap,
+            cosine=cosine,
+            spectrum=tuple(header[_FIXED : _FIXED + int(count)]),
+        )
+
+
+def _header(refresh: Refresh | None, device: torch.device) -> Tensor:
+    """What is no tensor of a refresh, as numbers; zeros without one."""
+    header = torch.zeros(_FIXED + REPORTED, dtype=torch.float64)
+    if refresh is not None:
+        kinds = [_kind(part) for part in refresh.bases.parts] if refresh.bases else []
+        rank = refresh.bases.rank if refresh.bases else 0
+        fixed = [refresh.found, refresh.finite, rank, refresh.overlap, refresh.cosine, *(kinds + [0, 0])[:2]]
+        numbers = [*fixed, refresh.change is not None, len(refresh.spectrum), *refresh.spectrum]
+        header[: len(numbers)] = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    return header.to(device)
+
+
+def _kind(part: storage.Stored) -> int:
+    if part.is_coded:
+        return _KINDS.index("int8" if part.codes.dtype == torch.int8 else "int4")
+    return _KINDS.index(_DTYPES[part.codes.dtype])
+
+
+def _tensors(bases: StoredBases | None) -> list[Tensor]:
+    parts = bases.parts if bases is not None else ()
+    return [tensor for part in parts for tensor in (part.codes, part.absmax) if tensor is not None]
