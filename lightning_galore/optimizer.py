@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_probe, base_rules, linalg, memory, state_keys, weights
+from lightning_galore import base_probe, base_rules, linalg, state_keys, weights
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.distributed import Team
@@ -284,7 +284,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         if self.config.mode != "step":
             self.hooks.team = team
 
-    # -- state and reports ---------------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # torch.distributed.checkpoint passes it by keyword
@@ -301,17 +301,6 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._projector.forget()
         self.base.load_state_dict(state_dict)
         state_keys.restore_dtypes(state_dict, self.param_groups, self.state)
-
-    def targets_table(self) -> TargetTable:
-        """Every parameter: its shape, side, rank, bytes of low-rank state, or why it is not projected.
-
-        Bytes are those held, and before the first step those that ``base`` and the basis will take.
-        """
-        return self._table.with_bytes(memory.held_bytes(self.base, self.targets, self.config))
-
-    def footprint(self) -> memory.Footprint:
-        """Bytes of weights, bases, moments and gradients: those held, and before the first step those to be held."""
-        return memory.footprint(self.base, self.targets, self.config)
 
 
 def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:

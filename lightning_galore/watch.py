@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_galore import memory, storage
 from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.projector import Projector
 from lightning_galore.refresh import RefreshEvent
 from lightning_galore.subspace import Side
-from lightning_galore.targets import Target
+from lightning_galore.targets import Target, TargetTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +99,12 @@ def statuses(
 class SubspaceControls:
     """What a :class:`~lightning_galore.GaLoreOptimizer` lets callbacks see and set."""
 
+    base: Optimizer
     config: GaLoreConfig
     targets: dict[Tensor, Target]
     param_groups: list[dict[str, Any]]
     _projector: Projector
+    _table: TargetTable
 
     def set_schedule(self, **settings: Any) -> None:
         """Decide otherwise from now on when a subspace is refreshed; what each weight's past has shown is kept.
@@ -149,3 +152,14 @@ class SubspaceControls:
         """How the subspace of each projected weight stands now."""
         groups = {param: group for group in self.param_groups for param in group["params"] if param in self.targets}
         return statuses(self._projector, self.targets, groups)
+
+    def targets_table(self) -> TargetTable:
+        """Every parameter: its shape, side, rank, bytes of low-rank state, or why it is not projected.
+
+        Bytes are those held, and before the first step those that ``base`` and the basis will take.
+        """
+        return self._table.with_bytes(memory.held_bytes(self.base, self.targets, self.config))
+
+    def footprint(self) -> memory.Footprint:
+        """Bytes of weights, bases, moments and gradients: those held, and before the first step those to be held."""
+        return memory.footprint(self.base, self.targets, self.config)
