@@ -70,6 +70,8 @@ class GradientHooks:
         self._removed = False
         # Where several processes train one model: what this window has gathered is averaged before it is used.
         self.team: Team | None = None
+        # Whether a parameter's gradient is whole after this one backward, so that it can travel while that goes on.
+        self.streams = False
         self._average: OrderedAverage | None = None
         self._settled = False
         self._exposed: list[tuple[dict[str, Any], list[Tensor]]] | None = None
@@ -120,14 +122,14 @@ class GradientHooks:
         self._exact.clear()
 
     @contextmanager
-    def arming(self, armed: bool) -> Iterator[None]:
-        """Say whether a backward inside is the last of its window."""
-        before = self.armed, self.held
-        self.armed, self.held = armed, not armed
+    def arming(self, armed: bool, *, streams: bool = False) -> Iterator[None]:
+        """Say whether a backward inside is the last of its window, and whether it is the only one inside."""
+        before = self.armed, self.held, self.streams
+        self.armed, self.held, self.streams = armed, not armed, streams
         try:
             yield
         finally:
-            self.armed, self.held = before
+            self.armed, self.held, self.streams = before
 
     @torch.no_grad()
     def on_grad(self, param: Tensor) -> None:
@@ -140,21 +142,22 @@ class GradientHooks:
 
     def _consume(self, param: Tensor, consumer: Consumer) -> None:
         assert param.grad is not None
-        if self.layerwise and (param in self._moved or (self._average is not None and self._average.has(param))):
+        if param in self._moved or (self._average is not None and self._average.has(param)):
+            consumed = 'updated in this step (mode="layerwise")' if self.layerwise else "sent to the other processes"
             raise RuntimeError(
-                f"A parameter of shape {tuple(param.shape)} got a second gradient after it was updated in this "
-                'step (mode="layerwise"). Reentrant activation checkpointing and a second backward before step() '
+                f"A parameter of shape {tuple(param.shape)} got a second gradient after it was {consumed}. Reentrant activation checkpointing and a second backward before step() "
                 "do that: use checkpoint(use_reentrant=False), mark all but the last backward of a step with "
                 'accumulate(), or use mode="project".'
             )
         target, moves = consumer.is_target(param), self.layerwise and self.armed
+        travels = self.team is not None and self.armed and (moves or self.streams)
         if target and not moves and self.clip_value is not None:
             raise RuntimeError(
                 f"Gradients are clipped by value to {self.clip_value}, but this backward is not the last one of its "
                 'step: mode="layerwise" adds up low-rank gradients, whose entries cannot be clipped. Use mode="step".'
             )
         keeps_full = target and self._keeps_full(param, consumer)
-        if moves and self.team is not None:
+        if travels:
             low_grad = self._project(param, consumer) if target and not keeps_full else None
             self._averages().put(param, param.grad if low_grad is None else low_grad.grad)
             return

@@ -49,8 +49,11 @@ class BackwardModes(Strategy):
                 return super().optimizer_step(optimizer, closure, model, **kwargs)
         hooks = optimizer.hooks
 
+        module = self.lightning_module
+        automatic = module is not None and module.automatic_optimization
+
         def last_closure() -> Any:
-            with self._backward_is_for(optimizer, last=True):
+            with self._backward_is_for(optimizer, last=True, streams=automatic):
                 result = closure()
             # Until the optimizer steps, a GradScaler and clipping look for gradients in its groups.
             hooks.expose(optimizer.param_groups)
@@ -78,12 +81,13 @@ class BackwardModes(Strategy):
             yield
 
     @contextmanager
-    def _backward_is_for(self, optimizer: Optimizer, *, last: bool) -> Iterator[None]:
+    def _backward_is_for(self, optimizer: Optimizer, *, last: bool, streams: bool = False) -> Iterator[None]:
         """Let a backward inside move the weights of this optimizer only, if it is the last one of its step."""
         self._disarm()
         before, self._declared = self._declared, True
         try:
-            with optimizer.hooks.arming(last) if isinstance(optimizer, GaLoreOptimizer) else nullcontext():
+            hooks = optimizer.hooks if isinstance(optimizer, GaLoreOptimizer) else None
+            with hooks.arming(last, streams=streams) if hooks is not None else nullcontext():
                 yield
         finally:
             self._declared = before
