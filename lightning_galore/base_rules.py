@@ -143,6 +143,26 @@ def families(base: Optimizer) -> list[str]:
     return names
 
 
+def check_params(base: Optimizer) -> None:
+    """Refuse parameters of which this process holds a part only.
+
+    Raises:
+        ValueError: If one is a DTensor, as FSDP2 and tensor parallelism make them.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor  # takes most of a second
+
+    for group in base.param_groups:
+        for param in group["params"]:
+            if isinstance(param, DTensor):
+                raise ValueError(
+                    f"A parameter of shape {tuple(param.shape)} is sharded ({param.placements}, a DTensor of FSDP2 or "
+                    "tensor parallelism), which low-rank training does not support yet. Use GaLoreDDPStrategy, or "
+                    "GaLoreOptimizer.join(Team()) on whole weights."
+                )
+
+
 def check_base(base: Optimizer) -> None:
     """Refuse, by name, what cannot be wrapped; warn of what is not known.
 

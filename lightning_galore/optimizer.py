@@ -65,6 +65,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             raise ValueError(f"base={type(base).__name__} is wrapped already; use it as it is, or wrap its .base.")
         if not isinstance(base, Optimizer):
             raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
+        base_rules.check_params(base)
         targets, table = select_targets(model, base.param_groups, config)
         base_rules.check_base(base)
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
