@@ -245,12 +245,12 @@ class GradientHooks:
         consumer = self._consumer()
         if not self.layerwise or consumer is None:
             return
-        low_grad = None
-        if consumer.is_target(param):
-            low_grad = self.waiting.get(param) or self._project(param, consumer)
-        elif param.grad is not None:
+        low_grad = self.waiting.get(param)
+        self._exact[param] = low_grad is None
+        if low_grad is None:  # its full gradient has been averaged
+            assert param.grad is not None
             self._grad_sq[param] = norm_sq(param.grad)
-        self._exact[param] = False
+            low_grad = self._project(param, consumer) if consumer.is_target(param) else None
         self._move(param, low_grad, consumer)
 
     def _zeros(self, param: Tensor) -> Tensor:

@@ -38,11 +38,12 @@ class Team:
         assert work is not None
         return work.wait
 
-    def total(self, counts: Tensor) -> Tensor:
-        """The sum of a tensor over the processes."""
+    def start_total(self, counts: Tensor) -> Callable[[], object]:
+        """Begin to sum a tensor over the processes, in place; the result waits for it."""
         self.sent += counts.nbytes
-        dist.all_reduce(counts, group=self.group)
-        return counts
+        work = dist.all_reduce(counts, group=self.group, async_op=True)
+        assert work is not None
+        return work.wait
 
     def share(self, tensor: Tensor, *, owner: int) -> Tensor:
         """What ``owner`` holds, written into ``tensor`` everywhere else."""
@@ -86,6 +87,9 @@ class _Bucket:
     tensors: list[Tensor] = field(default_factory=list)
     nbytes: int = 0
     flats: list[tuple[list[Tensor], Tensor, Callable[[], object]]] = field(default_factory=list)
+    # How many processes have a tensor of their own for each key.
+    had: Tensor | None = None
+    wait_for_had: Callable[[], object] = bool
 
 
 class OrderedAverage:
@@ -115,6 +119,7 @@ class OrderedAverage:
         self._next = 0
         self._ready: dict[Tensor, Tensor] = {}
         self._filled: dict[Tensor, Tensor] = {}
+        self._absent: list[Tensor] = []
         self._bucket = _Bucket()
         self._flying: deque[_Bucket] = deque()
 
@@ -150,20 +155,13 @@ class OrderedAverage:
         self._send()
         while self._flying:
             self._land()
-        if not self._order:
-            return []
-        device = self._ready[self._order[0]].device
-        used = torch.tensor([param not in self._filled for param in self._order], dtype=torch.int32, device=device)
-        had = dict(zip(self._order, self._team.total(used).tolist(), strict=True))
-        for param in missing:
-            if had[param]:
-                self._done(param)
-        return [param for param in missing if not had[param]]
+        return self._absent
 
     def drop(self) -> None:
         """Wait for what travels, and forget it."""
         while self._flying:
-            for _, _, wait in self._flying.popleft().flats:
+            bucket = self._flying.popleft()
+            for wait in (*(wait for _, _, wait in bucket.flats), bucket.wait_for_had):
                 wait()
 
     def _send(self) -> None:
@@ -174,6 +172,10 @@ class OrderedAverage:
         for tensors in kinds.values():
             flat = _flatten_dense_tensors(tensors)
             bucket.flats.append((tensors, flat, self._team.start_average(flat)))
+        if bucket.keys:
+            own = [key not in self._filled for key in bucket.keys]
+            bucket.had = torch.tensor(own, dtype=torch.int32, device=bucket.tensors[0].device)
+            bucket.wait_for_had = self._team.start_total(bucket.had)
         self._flying.append(bucket)
         while len(self._flying) > 1:  # one travels while the next is filled
             self._land()
@@ -184,6 +186,12 @@ class OrderedAverage:
             wait()
             for tensor, mean in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
                 tensor.copy_(mean)
-        for param in bucket.keys:
-            if param not in self._filled:
+        bucket.wait_for_had()
+        # A look at the counts waits for the device, so only where something was filled. All processes are told of the
+        # same parameters, and at the same point: what they do then may be collective too.
+        had = bucket.had.tolist() if bucket.had is not None and not self._filled.keys().isdisjoint(bucket.keys) else None
+        for i, param in enumerate(bucket.keys):
+            if had is None or had[i]:
                 self._done(param)
+            else:
+                self._absent.append(param)
