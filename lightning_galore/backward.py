@@ -142,12 +142,20 @@ class GradientHooks:
 
     def _consume(self, param: Tensor, consumer: Consumer) -> None:
         assert param.grad is not None
+        if self.team is not None and param.grad.is_sparse:
+            raise ValueError(
+                f"A parameter of shape {tuple(param.shape)} has a sparse gradient, which is not averaged over several "
+                'devices here: make it dense (nn.Embedding(sparse=False)), or use mode="step".'
+            )
         if param in self._moved or (self._average is not None and self._average.has(param)):
-            consumed = 'updated in this step (mode="layerwise")' if self.layerwise else "sent to the other processes"
+            consumed, other = "sent to the other processes", "step"
+            if self.layerwise:
+                consumed, other = 'updated in this step (mode="layerwise")', "project"
             raise RuntimeError(
-                f"A parameter of shape {tuple(param.shape)} got a second gradient after it was {consumed}. Reentrant activation checkpointing and a second backward before step() "
-                "do that: use checkpoint(use_reentrant=False), mark all but the last backward of a step with "
-                'accumulate(), or use mode="project".'
+                f"A parameter of shape {tuple(param.shape)} got a second gradient after it was {consumed}. Reentrant "
+                "activation checkpointing and a second backward before step() do that: use "
+                "checkpoint(use_reentrant=False), mark all but the last backward of a step with accumulate(), or use "
+                f'mode="{other}".'
             )
         target, moves = consumer.is_target(param), self.layerwise and self.armed
         travels = self.team is not None and self.armed and (moves or self.streams)

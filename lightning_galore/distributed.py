@@ -15,6 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 #: Bytes that travel together. Low-rank gradients are small, so buckets are smaller than DDP's 25 MB.
 BUCKET_BYTES = 4 * 2**20
+_PIECE = 2**22  # bytes of a fingerprint's temporaries are 24 times as many
 
 
 class Team:
@@ -68,7 +69,7 @@ class Team:
         """
         sums = torch.tensor([_fingerprint(tensor) for tensor in tensors.values()], dtype=torch.int64)
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-        low, high = sums.to(device), sums.to(device)
+        low, high = sums.to(device, copy=True), sums.to(device, copy=True)
         dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
         return [name for name, same in zip(tensors, (low == high).all(1).tolist(), strict=True) if not same]
@@ -76,9 +77,13 @@ class Team:
 
 def _fingerprint(tensor: Tensor) -> tuple[int, int]:
     """Two sums over the bits: of them, and of them by place."""
-    bits = tensor.detach().contiguous().view(torch.uint8).flatten().long()
-    places = torch.arange(1, bits.numel() + 1, device=bits.device) % 65_521
-    return int(bits.sum()), int((bits * places).sum())
+    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for piece in tensor.detach().flatten().contiguous().view(torch.uint8).split(_PIECE):
+        bits = piece.long()
+        places = torch.arange(1, bits.numel() + 1, device=bits.device) % 65_521
+        total += torch.stack([bits.sum(), (bits * places).sum()])
+    first, second = total.tolist()
+    return first, second
 
 
 @dataclass
@@ -189,7 +194,9 @@ class OrderedAverage:
         bucket.wait_for_had()
         # A look at the counts waits for the device, so only where something was filled. All processes are told of the
         # same parameters, and at the same point: what they do then may be collective too.
-        had = bucket.had.tolist() if bucket.had is not None and not self._filled.keys().isdisjoint(bucket.keys) else None
+        had = (
+            bucket.had.tolist() if bucket.had is not None and not self._filled.keys().isdisjoint(bucket.keys) else None
+        )
         for i, param in enumerate(bucket.keys):
             if had is None or had[i]:
                 self._done(param)

@@ -20,7 +20,14 @@ def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Genera
         generator: On its device.
     """
     bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
+    noise = _sixteen_bits(bits.numel(), generator).view(bits.shape)
     rounded = noise.add_(bits).bitwise_and_(-1 << 16).view(torch.float32)
     # Infinity and NaN have other bits: the carry would make NaN of the one and anything of the other.
     target.copy_(torch.where(torch.isfinite(value), rounded, value))
+
+
+def _sixteen_bits(count: int, generator: torch.Generator) -> Tensor:
+    """Random numbers from 0 to 65,535 as int32, four of one draw: a draw is most of the time that rounding takes."""
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=generator.device)
+    draws.random_(-(1 << 63), None, generator=generator)
+    return draws.view(torch.int16)[:count].to(torch.int32).bitwise_and_(0xFFFF)

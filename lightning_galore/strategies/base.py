@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,9 +34,10 @@ from lightning_galore.config import (
     SubspaceName,
     WeightStorage,
 )
+from lightning_galore.config.checks import check_int
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.strategies.backward_modes import BackwardModes
-from lightning_galore.strategies.checks import check_backward_mode
+from lightning_galore.strategies.checks import check_backward_mode, warn_of_small_weights
 from lightning_galore.strategies.int8_weights import check_optimizers, prepare_to_load, prepare_to_train
 from lightning_galore.targets import NoTargetsError, TargetTable
 
@@ -92,6 +92,8 @@ class GaLoreStrategy(BackwardModes):
         fix_signs: Fix the arbitrary signs of singular vectors.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
         seed: Seed of the random subspaces.
+        check_replicas_every: On several devices, every so many optimizer steps compare weights and bases bit by bit,
+            and raise an error that names those which differ; 0 is never.
         base: The Lightning strategy to run on: "single_device", "ddp"; "auto" picks by the Trainer's devices.
         **kwargs: Arguments of that Lightning strategy.
 
@@ -145,6 +147,7 @@ class GaLoreStrategy(BackwardModes):
         fix_signs: bool = True,
         dense_lr_factor: float = 1.0,
         seed: int = 0,
+        check_replicas_every: int = 0,
         base: BaseName = "auto",
         **kwargs: Any,
     ) -> None:
@@ -155,6 +158,8 @@ class GaLoreStrategy(BackwardModes):
             self.__class__ = concrete
         self._only_one = base == "single_device"
         _check_names(type(self), kwargs)
+        check_int("check_replicas_every", check_replicas_every, minimum=0, remedy="0 never compares")
+        self.check_replicas_every = check_replicas_every
         self.device_named = "device" in kwargs
         super().__init__(**kwargs)
         self.config = GaLoreConfig(**{name: given[name] for name in _SETTINGS})
@@ -201,7 +206,7 @@ class GaLoreStrategy(BackwardModes):
             log.debug("%s", table)
             if not optimizer.targets:
                 rank_zero_warn("No weight is projected until frozen ones are unfrozen and added to the optimizer.")
-            _warn_of_small_weights(table, self.config.rank)
+            warn_of_small_weights(table, self.config.rank)
 
     def targets_tables(self) -> list[TargetTable]:
         """The table of every parameter, one for each wrapped optimizer; empty before ``fit``."""
@@ -279,26 +284,3 @@ def _check_names(cls: type[GaLoreStrategy], kwargs: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "GaLoreConfig describes every setting."
         raise TypeError(f"GaLoreStrategy got an unknown argument {name}={kwargs[name]!r}; {hint}")
-
-
-def _warn_of_small_weights(table: TargetTable, rank: int | float) -> None:
-    # A single row or column has no smaller rank, so there is nothing to advise.
-    small = [row.name for row in table.rows if "nothing would be saved" in row.reason and min(row.shape) > 1]
-    if small:
-        rank_zero_warn(
-            f"rank={rank}: {len(small)} selected weights are no larger than the rank and stay full-rank "
-            f"({', '.join(small[:4])}{', ...' if len(small) > 4 else ''}). Lower the rank to project them too."
-        )
-
-
-def refuse_many_devices(devices: Sequence[torch.device], num_nodes: int, world_size: int) -> None:
-    """Say that several devices are not supported, before the run starts on one of them as if it were all.
-
-    Raises:
-        MisconfigurationException: If there is more than one device, node or process.
-    """
-    if len(devices) > 1 or num_nodes > 1 or world_size > 1:
-        raise MisconfigurationException(
-            f"GaLoreStrategy runs on one device; the Trainer has devices={len(devices)}, num_nodes={num_nodes} and "
-            f"{world_size} launched process(es). Set devices=1 and num_nodes=1."
-        )

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -15,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
+from lightning_galore.targets import TargetTable
 
 
 def check_backward_mode(
@@ -105,3 +108,26 @@ def _check_project(trainer: Trainer, module: LightningModule | None, config: GaL
 def _accumulates(trainer: Trainer) -> bool:
     scheduled = [cb for cb in trainer.callbacks if isinstance(cb, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     return trainer.accumulate_grad_batches > 1 or any(max(cb.scheduling.values()) > 1 for cb in scheduled)
+
+
+def warn_of_small_weights(table: TargetTable, rank: int | float) -> None:
+    """Say which selected weights a lower rank would project too."""
+    # A single row or column has no smaller rank, so there is nothing to advise.
+    small = [row.name for row in table.rows if "nothing would be saved" in row.reason and min(row.shape) > 1]
+    if small:
+        rank_zero_warn(
+            f"rank={rank}: {len(small)} selected weights are no larger than the rank and stay full-rank "
+            f"({', '.join(small[:4])}{', ...' if len(small) > 4 else ''}). Lower the rank to project them too."
+        )
+
+
+def refuse_many_devices(devices: Sequence[torch.device], num_nodes: int, world_size: int) -> NoReturn:
+    """Say that ``base="single_device"`` means one device, before the run starts on one of them as if it were all.
+
+    Raises:
+        MisconfigurationException: Always.
+    """
+    raise MisconfigurationException(
+        f"base='single_device' runs on one device; the Trainer has devices={len(devices)}, num_nodes={num_nodes} and "
+        f"{world_size} launched process(es). Set devices=1 and num_nodes=1, or leave base out."
+    )

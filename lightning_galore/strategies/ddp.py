@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -35,23 +36,12 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
     not wrapped in DDP: hooks project each gradient and only low-rank ones travel (and full ones of weights that are not
     projected, or whose basis is refreshed in this step). In every mode one process finds a basis and the others take
     it, so that all hold the same one to the bit. Takes the arguments of both parents.
-
-    Args:
-        check_replicas_every: Every so many optimizer steps, compare weights and bases over the processes bit by bit and
-            raise an error that names the first which differs; 0 is never.
-        *args: Arguments of :class:`GaLoreStrategy`.
-        **kwargs: Arguments of :class:`GaLoreStrategy` and of Lightning's ``DDPStrategy``.
     """
 
     # They are in no signature of Lightning's, which hands them on.
     handed_on = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
 
-    def __init__(self, *args: Any, check_replicas_every: int = 0, **kwargs: Any) -> None:
-        if check_replicas_every < 0:
-            raise ValueError(f"check_replicas_every={check_replicas_every} must be 0 (never) or a number of steps.")
-        super().__init__(*args, **kwargs)
-        self.check_replicas_every = check_replicas_every
-        self._steps = 0
+    _steps: int = 0
 
     @override
     def configure_ddp(self) -> None:
@@ -96,7 +86,7 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
         if others and self.config.mode != "step":
             raise MisconfigurationException(
                 f"{type(others[0]).__name__} has no weight to project, and mode={self.config.mode!r} on several "
-                "devices averages the gradients of wrapped optimizers only. Use mode='step', or let it project something."
+                "devices averages the gradients of wrapped optimizers only. Use mode='step', or let it project some."
             )
         if self.config.mode == "project" and trainer.gradient_clip_val:
             rank_zero_warn(
@@ -107,11 +97,22 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Give every process the buffers of the first (batch statistics), as DDP does before a forward pass."""
-        if self.config.mode != "step" and self._ddp_kwargs.get("broadcast_buffers", True):
-            assert self.lightning_module is not None
-            for buffer in self.lightning_module.buffers():
-                dist.broadcast(buffer, 0)
+        self._share_buffers()
         return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._share_buffers()
+        return super().validation_step(*args, **kwargs)
+
+    def _share_buffers(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self.config.mode == "step" or not self._ddp_kwargs.get("broadcast_buffers", True):
+            return
+        if module.trainer.state.fn == TrainerFn.FITTING:  # where Lightning would wrap the model in DDP
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
     @override
     def optimizer_step(
@@ -134,11 +135,14 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
             RuntimeError: With the names of those that differ.
         """
         assert self.lightning_module is not None
-        tensors = {name: param.detach() for name, param in self.lightning_module.state_dict().items()}
+        # Not the buffers: batch statistics are each process's own until the next forward pass.
+        buffers = {name for name, _ in self.lightning_module.named_buffers()}
+        state = self.lightning_module.state_dict()
+        tensors = {name: value.detach() for name, value in state.items() if name not in buffers}
         for optimizer in self._galore_optimizers():
             for param, target in optimizer.targets.items():
-                state = optimizer.state.get(param) or {}
-                held = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+                own = optimizer.state.get(param) or {}
+                held = {key: value for key, value in own.items() if isinstance(value, torch.Tensor)}
                 tensors |= {f"{key} of {target.name}": value for key, value in held.items()}
         differing = Team().differing(tensors)
         if differing:

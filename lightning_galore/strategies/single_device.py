@@ -12,7 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_galore.strategies.base import GaLoreStrategy, refuse_many_devices
+from lightning_galore.strategies.base import GaLoreStrategy
+from lightning_galore.strategies.checks import refuse_many_devices
 from lightning_galore.strategies.ddp import GaLoreDDPStrategy
 
 
@@ -68,7 +69,6 @@ class GaLoreAutoStrategy(GaLoreStrategy, SingleDeviceStrategy):
         ddp: Any = self
         filled["start_method"] = "fork" if _IS_INTERACTIVE else "popen"
         DDPStrategy.__init__(ddp, parallel_devices=devices, **filled)
-        ddp.check_replicas_every, ddp._steps = 0, 0
         ddp.num_nodes, ddp._layer_sync = nodes, layer_sync
         ddp.set_world_ranks()
         ddp._configure_launcher()

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_galore import GaLoreConfig, GaLoreSingleDeviceStrategy, GaLoreStrategy
+from lightning_galore.strategies import GaLoreDDPStrategy
 
 from .modules import (
     PROJECTED,
@@ -76,18 +77,33 @@ def test_the_sampler_is_the_users() -> None:
 
 
 @pytest.mark.parametrize("flags", [{"devices": 2}, {"num_nodes": 2}, {"devices": 3, "num_nodes": 2}])
-@pytest.mark.parametrize("strategy", ["galore", {"base": "auto"}, {"base": "single_device"}], ids=str)
-def test_several_devices_are_refused(strategy: Any, flags: dict[str, int]) -> None:
+@pytest.mark.parametrize("strategy", ["galore", "galore_ddp", {"base": "auto"}, {"base": "ddp"}], ids=str)
+def test_on_several_devices_it_becomes_a_ddp_strategy(strategy: Any, flags: dict[str, int]) -> None:
+    trainer = make_trainer(strategy if isinstance(strategy, str) else GaLoreStrategy(rank=4, **strategy), **flags)
+    resolved = trainer.strategy
+    assert type(resolved) is GaLoreDDPStrategy
+    assert isinstance(resolved, DDPStrategy)
+    assert resolved.config.rank == (128 if isinstance(strategy, str) else 4)
+    wanted = {"devices": 1, "num_nodes": 1, **flags}
+    assert (trainer.num_devices, trainer.num_nodes) == (wanted["devices"], wanted["num_nodes"])
+    assert trainer.world_size == wanted["devices"] * wanted["num_nodes"]
+    assert resolved.launcher is not None
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("flags", [{"devices": 2}, {"num_nodes": 2}, {"devices": 3, "num_nodes": 2}])
+def test_several_devices_are_refused_where_one_was_asked_for(flags: dict[str, int]) -> None:
     wanted = {"devices": 1, "num_nodes": 1, **flags}
     message = rf"devices={wanted['devices']}, num_nodes={wanted['num_nodes']}.*Set devices=1 and num_nodes=1"
     with pytest.raises(MisconfigurationException, match=message):
-        make_trainer(strategy if strategy == "galore" else GaLoreStrategy(**strategy), **flags)
+        make_trainer(GaLoreStrategy(base="single_device"), **flags)
 
 
-def test_an_external_launcher_with_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def elastic_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the second of two processes that torchrun has started."""
     for key, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "GROUP_RANK": "0",
@@ -96,17 +112,36 @@ def test_an_external_launcher_with_several_processes_is_refused(monkeypatch: pyt
         "MASTER_PORT": "29500",
     }.items():
         monkeypatch.setenv(key, value)
+    # Lightning keeps the rank for all that follow.
+    monkeypatch.setattr("lightning.fabric.utilities.rank_zero.rank_zero_only.rank", 0)
+
+
+def test_under_an_external_launcher_it_becomes_a_ddp_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    elastic_launch(monkeypatch)
+    trainer = make_trainer(galore(), devices=2)
+    assert type(trainer.strategy) is GaLoreDDPStrategy
+    assert (trainer.world_size, trainer.global_rank, trainer.local_rank) == (2, 1, 1)
+
+
+def test_an_external_launcher_with_several_processes_is_refused_for_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    elastic_launch(monkeypatch)
     with pytest.raises(MisconfigurationException, match=r"2 launched process"):
-        make_trainer(galore())
+        make_trainer(galore(base="single_device"))
+
+
+def test_the_check_interval_is_kept_and_never_negative() -> None:
+    assert make_trainer(GaLoreStrategy(check_replicas_every=3), devices=2).strategy.check_replicas_every == 3
+    with pytest.raises(ValueError, match="check_replicas_every=-1 must be at least 0"):
+        GaLoreDDPStrategy(rank=4, check_replicas_every=-1)
 
 
 def test_unknown_keywords_and_bases_are_refused_at_once() -> None:
     with pytest.raises(TypeError, match="rnak"):
         GaLoreStrategy(rnak=4)
-    with pytest.raises(ValueError, match=r"base='ddp' is not known; choose one of 'auto', 'single_device'"):
-        GaLoreStrategy(base="ddp")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"base='ddp' is not known"):
-        GaLoreSingleDeviceStrategy(base="ddp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"base='fsdp' is not known; choose one of 'auto', 'single_device', 'ddp'"):
+        GaLoreStrategy(base="fsdp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"base='fsdp' is not known"):
+        GaLoreSingleDeviceStrategy(base="fsdp")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +182,7 @@ def test_a_copy_of_a_strategy_that_has_trained_keeps_state() -> None:
 def test_the_keywords_are_those_of_the_configuration() -> None:
     parameters = dict(inspect.signature(GaLoreStrategy.__init__).parameters)
     fields = {field.name: field for field in dataclasses.fields(GaLoreConfig)}
-    assert list(parameters) == ["self", *fields, "base", "kwargs"]
+    assert list(parameters) == ["self", *fields, "check_replicas_every", "base", "kwargs"]
     ours, theirs = typing.get_type_hints(GaLoreStrategy.__init__), typing.get_type_hints(GaLoreConfig)
     # A mapping in YAML is a dict; a configuration keeps it as pairs.
     assert (parameters["rank_pattern"].default, fields.pop("rank_pattern").default) == (None, None)
@@ -321,5 +356,5 @@ def test_a_named_device_is_kept_and_must_be_the_only_one() -> None:
     strategy = GaLoreStrategy(rank=2, device=torch.device("cpu"))
     trainer = Trainer(strategy=strategy, accelerator="cpu", logger=False, enable_checkpointing=False)
     assert trainer.strategy.root_device == torch.device("cpu")
-    with pytest.raises(MisconfigurationException, match="devices=2"):
+    with pytest.raises(MisconfigurationException, match="the Trainer has 2 devices"):
         Trainer(strategy=GaLoreStrategy(rank=2, device=torch.device("cpu")), accelerator="cpu", devices=2)

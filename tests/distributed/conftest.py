@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of the processes, each group of them started once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .processes import results_of
+from .trainer_cases import MODES, Case, checkpoints, run_alone
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Runs in plain torch, a mapping from the case for each process."""
+    return results_of("tests.distributed.plain_worker", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Runs under the Trainer."""
+
+    def prepare(folder: Path) -> None:
+        for mode in MODES:  # two processes shall go on with what one has begun
+            run_alone(
+                Case(mode), callbacks=checkpoints(folder / f"alone-{mode}"), enable_checkpointing=True, max_epochs=1
+            )
+
+    return results_of("tests.distributed.trainer_worker", tmp_path_factory, prepare=prepare)
