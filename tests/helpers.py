@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_galore import GaLoreOptimizer
+from lightning_galore.state_keys import BASIS
+
 VOCABULARY = 24
 #: GaLore as published: every weight refreshes at 0, gap, 2 gap, ..., and moments stay as they are.
 PLAIN: dict[str, Any] = {"stagger": False, "moments": "keep"}
@@ -154,3 +157,38 @@ class Matrices(nn.Module):
 def quadratic_loss(weights: Iterable[Tensor]) -> Tensor:
     """Half the mean squared distance from one: a loss that every optimizer must decrease."""
     return sum(((weight.float() - 1.0) ** 2).sum() for weight in weights) / 2  # type: ignore[return-value]
+
+
+def assert_trains_every_parameter(make: Callable[[Iterable[Tensor]], torch.optim.Optimizer]) -> None:
+    """A transformer under low-rank training with ``make``'s optimizer: the loss falls, and everything moves."""
+    model = TinyTransformer()
+    optimizer = GaLoreOptimizer(make(model.parameters()), model, rank=4, update_proj_gap=10, scale=1.0)
+    start = [param.detach().clone() for param in model.parameters()]
+    losses = train(model, optimizer, [0] * 30)
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(param, old) for param, old in zip(model.parameters(), start, strict=True))
+
+
+def assert_proxies_pass_for_parameters(
+    model: Matrices,
+    make: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+    give_gradients: Callable[[int], object],
+) -> None:
+    """The wrapped optimizer does to a proxy what it does to a low-rank parameter that it knows all along."""
+    optimizer = GaLoreOptimizer(make(model.parameters()), model, rank=48, update_proj_gap=1000, scale=1.0, **PLAIN)
+    weights = list(model.parameters())
+    expected = [weight.detach().clone() for weight in weights]
+    low = [nn.Parameter(w.new_zeros(optimizer.targets[w].projection.low_shape)) for w in weights]
+    other = make(low)
+    for step in range(10):
+        give_gradients(step)
+        optimizer.step()
+        held = [(optimizer.targets[w].projection, (optimizer.state[w][BASIS],)) for w in weights]
+        for param, weight, (projection, bases) in zip(low, weights, held, strict=True):
+            assert weight.grad is not None
+            param.grad = projection.project(weight.grad, bases)
+            param.data.zero_()
+        other.step()
+        for param, weight, (projection, bases) in zip(low, expected, held, strict=True):
+            projection.add_back_(weight, param.detach(), bases, alpha=1.0)
+    assert same_bits(weights, expected)

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lightning_galore import GaLoreOptimizer, base_rules, base_state, storage
 from lightning_galore.state_keys import BASIS, is_ours
-from tests.helpers import PLAIN, Matrices, TinyTransformer, max_difference, same_bits, train
+from tests.helpers import (
+    Matrices,
+    TinyTransformer,
+    assert_proxies_pass_for_parameters,
+    assert_trains_every_parameter,
+    max_difference,
+    train,
+)
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -71,12 +78,7 @@ def test_every_weight_moves_at_every_step(name: str, low_entries: str, device: s
 
 @pytest.mark.parametrize("name", BASES)
 def test_trains_a_transformer(name: str) -> None:
-    model = TinyTransformer()
-    optimizer = GaLoreOptimizer(build(name, model.parameters(), lr=3e-3), model, rank=4, update_proj_gap=10, scale=1.0)
-    start = [param.detach().clone() for param in model.parameters()]
-    losses = train(model, optimizer, [0] * 30)
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(param, old) for param, old in zip(model.parameters(), start, strict=True))
+    assert_trains_every_parameter(lambda params: build(name, params, lr=3e-3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,26 +86,10 @@ def test_trains_a_transformer(name: str) -> None:
 def test_equals_the_same_optimizer_over_persistent_low_rank_parameters(
     name: str, dtype: torch.dtype, device: str
 ) -> None:
-    """The wrapped optimizer does to a proxy what it does to a low-rank parameter that it knows all along."""
     model = Matrices((128, 96), (96, 128), dtype=dtype).to(device)
-    settings: dict[str, Any] = {"rank": 48, "update_proj_gap": 1000, "scale": 1.0, **PLAIN}
-    optimizer = GaLoreOptimizer(build(name, model.parameters()), model, **settings)
-    weights = list(model.parameters())
-    expected = [weight.detach().clone() for weight in weights]
-    low = [torch.nn.Parameter(w.new_zeros(optimizer.targets[w].projection.low_shape)) for w in weights]
-    other = build(name, low)
-    for step in range(10):
-        give_gradients(model, step)
-        optimizer.step()
-        for i, weight in enumerate(weights):
-            projection, bases = optimizer.targets[weight].projection, (optimizer.state[weight][BASIS],)
-            low[i].grad = projection.project(weight.grad, bases)
-            low[i].data.zero_()
-        other.step()
-        for i, weight in enumerate(weights):
-            projection, bases = optimizer.targets[weight].projection, (optimizer.state[weight][BASIS],)
-            projection.add_back_(expected[i], low[i].detach(), bases, alpha=1.0)
-    assert same_bits(weights, expected)
+    assert_proxies_pass_for_parameters(
+        model, lambda params: build(name, params), lambda step: give_gradients(model, step)
+    )
 
 
 def probe(name: str) -> Tensor:
