@@ -228,15 +228,16 @@ class GradientHooks:
         if self.team is None or self._settled:
             return
         self._settled = True
-        average = self._averages()
-        for param in self._order():
-            low_grad = self.waiting.get(param)
-            own = param.grad if low_grad is None else low_grad.grad
-            if own is not None and not average.has(param):
-                average.put(param, own)
-        for param in average.finish(self._zeros):
-            self.waiting.pop(param, None)
-            param.grad = None
+        order, average = self._order(), self._averages()
+        with without_autocast(order[0].device if order else torch.device("cpu")), torch.no_grad():
+            for param in order:
+                low_grad = self.waiting.get(param)
+                own = param.grad if low_grad is None else low_grad.grad
+                if own is not None and not average.has(param):
+                    average.put(param, own)
+            for param in average.finish(self._zeros):
+                self.waiting.pop(param, None)
+                param.grad = None
         self._average = None
 
     def _order(self) -> list[Tensor]:

@@ -91,7 +91,7 @@ def check_moment_bits(base: Optimizer, params: Iterable[Tensor]) -> None:
         for key, value in state.items():
             if not isinstance(value, Tensor) or tuple(value.shape[-2:]) != shape:
                 continue
-            width = _held(value) / value.numel()
+            width = storage.nbytes(value) / value.numel()
             if width > MAX_8BIT:
                 raise ValueError(
                     f"moment_storage='8bit' with base={type(base).__name__}: its state {key!r} takes {width:.1f} bytes "
@@ -209,14 +209,6 @@ def _lively(base: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     if base_rules.reads_rms(base) and isinstance(eps, (tuple, list)):
         settings["eps"] = (eps[0], max(eps[1], 1.0))  # a zero proxy has no RMS: a real step lets it see its weight's
     return settings
-
-
-def _held(value: Tensor) -> int:
-    """Bytes of a tensor; of a tensor class, those of the tensors in it."""
-    flatten = getattr(value, "__tensor_flatten__", None)
-    if flatten is None:
-        return value.numel() * value.element_size()
-    return sum(_held(getattr(value, name)) for name in flatten()[0])
 
 
 def _remedy(group: Mapping[str, Any]) -> str:

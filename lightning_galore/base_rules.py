@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -150,13 +150,11 @@ def check_params(base: Optimizer) -> None:
     Raises:
         ValueError: If one is a DTensor, as FSDP2 and tensor parallelism make them.
     """
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.tensor import DTensor  # takes most of a second
-
+    # Without this module there is none, and it takes most of a second to import.
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     for group in base.param_groups:
         for param in group["params"]:
-            if isinstance(param, DTensor):
+            if isinstance(param, sharded):
                 raise ValueError(
                     f"A parameter of shape {tuple(param.shape)} is sharded ({param.placements}, a DTensor of FSDP2 or "
                     "tensor parallelism), which low-rank training does not support yet. Use GaLoreDDPStrategy, or "

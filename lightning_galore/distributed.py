@@ -122,24 +122,27 @@ class OrderedAverage:
         self._team, self._done, self._limit = team, done, bucket_bytes
         self._order = list(order)
         self._next = 0
-        self._ready: dict[Tensor, Tensor] = {}
-        self._filled: dict[Tensor, Tensor] = {}
+        self._ready: dict[Tensor, Tensor] = {}  # those that wait for one before them: what has travelled is let go
+        self._come: set[Tensor] = set()
+        self._filled: set[Tensor] = set()
         self._absent: list[Tensor] = []
         self._bucket = _Bucket()
         self._flying: deque[_Bucket] = deque()
 
     def has(self, param: Tensor) -> bool:
         """Whether the parameter's tensor has come."""
-        return param in self._ready
+        return param in self._come
 
     def put(self, param: Tensor, tensor: Tensor) -> None:
         """Hand over a parameter's tensor, which is written when its average is there."""
+        self._come.add(param)
         self._ready[param] = tensor
         while self._next < len(self._order) and self._order[self._next] in self._ready:
             key = self._order[self._next]
+            ready = self._ready.pop(key)
             self._bucket.keys.append(key)
-            self._bucket.tensors.append(self._ready[key])
-            self._bucket.nbytes += self._ready[key].nbytes
+            self._bucket.tensors.append(ready)
+            self._bucket.nbytes += ready.nbytes
             self._next += 1
             if self._bucket.nbytes >= self._limit:
                 self._send()
@@ -153,10 +156,10 @@ class OrderedAverage:
         Returns:
             The parameters that no process had a tensor for.
         """
-        missing = [param for param in self._order if param not in self._ready]
-        for param in missing:
-            self._filled[param] = fill(param)
-            self.put(param, self._filled[param])
+        for param in self._order:
+            if param not in self._come:
+                self._filled.add(param)
+                self.put(param, fill(param))
         self._send()
         while self._flying:
             self._land()
@@ -194,9 +197,11 @@ class OrderedAverage:
         bucket.wait_for_had()
         # A look at the counts waits for the device, so only where something was filled. All processes are told of the
         # same parameters, and at the same point: what they do then may be collective too.
-        had = (
-            bucket.had.tolist() if bucket.had is not None and not self._filled.keys().isdisjoint(bucket.keys) else None
-        )
+        had = None
+        if bucket.had is not None and not self._filled.isdisjoint(bucket.keys):
+            had = bucket.had.tolist()
+        bucket.tensors.clear()
+        bucket.flats.clear()
         for i, param in enumerate(bucket.keys):
             if had is None or had[i]:
                 self._done(param)

@@ -62,7 +62,7 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
                 bases += state.bases.nbytes if state.has_bases else _basis_bytes(target.projection, param, config)
             own = {k: v for k, v in (base.state.get(param) or {}).items() if not state_keys.is_ours(k)}
             tally.add(own or None, group, shape, param)
-            gradients += _gradient_bytes(param, target, config)
+            gradients += _gradient_bytes(param, None if target is None else shape, config)
     return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients)
 
 
@@ -94,12 +94,13 @@ class _Tally:
         self._sum += storage.nbytes(own) - storage.nbytes(shared)
 
 
-def _gradient_bytes(param: Tensor, target: Target | None, config: GaLoreConfig) -> int:
+def _gradient_bytes(param: Tensor, low_shape: tuple[int, ...] | None, config: GaLoreConfig) -> int:
+    """Of a projected weight, or, without ``low_shape``, of another parameter."""
     if config.mode == "layerwise" or not param.requires_grad:
         return 0
     kept, shape = "param", tuple(param.shape)
-    if target is not None and config.mode == "project":
-        kept, shape = config.accumulator_storage, target.projection.low_shape
+    if low_shape is not None and config.mode == "project":
+        kept, shape = config.accumulator_storage, low_shape
     return storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype)
 
 

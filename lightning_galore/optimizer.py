@@ -181,7 +181,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         for group in self.param_groups:
             for param in group["params"]:
                 if param not in self.targets:
-                    dense[param] = self._name_of(param)
+                    dense[param] = self._places[param]
                 elif param in self.hooks.waiting or param.grad is not None:
                     swaps.append(self._swap(param, group, self._take(param)))
         output = self._stepper.step(swaps, dense, **kwargs)
@@ -205,9 +205,6 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         clips = self.config.clip_weight_norm is not None  # the norm is one more pass over the gradient
         norm_sq = self.hooks.norm_sq(param, low_grad) if clips else None
         return self._stepper.swap(param, group, low_grad, norm_sq=norm_sq)
-
-    def _name_of(self, param: Tensor) -> str:
-        return "dense/{}/{}".format(*self._places[param])
 
     # -- gradients that are consumed in backward -----------------------------------------------------------------------
 
@@ -236,7 +233,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             low_grad: Its projected gradient; None to step on ``param.grad`` as ``base`` does.
         """
         if low_grad is None:
-            self._stepper.step([], {param: self._name_of(param)})
+            self._stepper.step([], {param: self._places[param]})
         else:
             self._stepper.step([self._swap(param, self._group_of(param), low_grad)], {})
 

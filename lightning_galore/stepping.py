@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,20 +49,20 @@ class Stepper:
         carried = self._projector.carried(param, low_grad, group)
         return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
 
-    def step(self, swaps: list[Swap], dense: Mapping[Tensor, str], **kwargs: Any) -> Any:
+    def step(self, swaps: list[Swap], dense: Mapping[Tensor, tuple[int, int]], **kwargs: Any) -> Any:
         """Step ``base`` on the proxies of ``swaps`` and on the ``dense`` parameters, and write onto the weights.
 
         Args:
             swaps: The projected weights.
-            dense: The other parameters, with a name each for its random numbers.
+            dense: The other parameters, each with its group and its position there.
             **kwargs: Handed to ``base.step``.
         """
         for param in dense:
             clip_(param.grad, self._config.clip_weight_norm)
-        rounded = {p: name for p, name in dense.items() if p.grad is not None and self._rounding.concerns(p)}
+        rounded = {p: place for p, place in dense.items() if p.grad is not None and self._rounding.concerns(p)}
         output = None
         moving, skipped = [s for s in swaps if not s.skips], [s for s in swaps if s.skips]
-        moving += self._dense_swaps(rounded)
+        moving += [self._dense_swap(param, self._base.param_groups[group]) for param, (group, _) in rounded.items()]
         plain = [param for param in dense if param not in rounded]
         for shown in calls_of(self._base, moving, plain, [swap.param for swap in skipped]):
             with swapped_in(self._base, shown, dense_lr_factor=self._config.dense_lr_factor):
@@ -78,16 +78,12 @@ class Stepper:
             self._projector.commit(swap.param, swap.low_grad, swap.group)
         return output
 
-    def _dense_swaps(self, params: Collection[Tensor]) -> list[Swap]:
-        """Proxies of the parameters' own shapes, so that what ``base`` adds to them can be rounded at random."""
-        groups = {param: group for group in self._base.param_groups for param in group["params"]} if params else {}
-        swaps = []
-        for param in params:
-            proxy, penalty = nn.Parameter(torch.zeros_like(param)), self._penalty(groups[param])
-            assert param.grad is not None
-            proxy.grad = param.grad.add(param, alpha=penalty) if penalty else param.grad
-            swaps.append(Swap(param=param, proxy=proxy, group=groups[param]))
-        return swaps
+    def _dense_swap(self, param: Tensor, group: dict[str, Any]) -> Swap:
+        """A proxy of the parameter's own shape, so that what ``base`` adds to it can be rounded at random."""
+        proxy, penalty = nn.Parameter(torch.zeros_like(param)), self._penalty(group)
+        assert param.grad is not None
+        proxy.grad = param.grad.add(param, alpha=penalty) if penalty else param.grad
+        return Swap(param=param, proxy=proxy, group=group)
 
     def _penalty(self, group: Mapping[str, Any]) -> float:
         """Factor on the weight in its gradient, where ``base`` couples its decay: a proxy is zero and cannot say so."""
@@ -116,10 +112,11 @@ class Stepper:
         with self._rounding.opened(swap.param, name=low_grad.target.name, step=step) as weight:
             self._lift.apply_(weight, update, projection, low_grad.bases, scale=scale, shrink=shrink)
 
-    def _write_dense(self, swap: Swap, name: str) -> None:
+    def _write_dense(self, swap: Swap, place: tuple[int, int]) -> None:
         state = self._base.state[swap.param]
         step = state.get(state_keys.STEP, 0)
         state[state_keys.STEP] = step + 1
         factor = self._config.dense_lr_factor
-        with self._rounding.opened(swap.param, name=name, step=step) as weight:
+        # The place stands for a name: a parameter need not be one of a model that has names.
+        with self._rounding.opened(swap.param, name="dense/{}/{}".format(*place), step=step) as weight:
             weight.mul_(self._shrink(swap.group, factor)).add_(swap.proxy.detach(), alpha=factor)

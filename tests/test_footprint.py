@@ -107,3 +107,12 @@ def test_frozen_parameters_have_no_gradient() -> None:
     model[0].weight.requires_grad_(False)
     optimizer = GaLoreOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, rank=2)
     assert optimizer.footprint().gradients == 4 * 12 * 8
+
+
+def test_gradients_of_an_adaptive_rank_are_those_of_the_rank_it_has() -> None:
+    optimizer = built(ODD, {"rank_rule": "energy", "rank_energy": 0.1}, mode="project")
+    step_and_count(optimizer)
+    ranks = [status.rank for status in optimizer.subspaces()]
+    assert min(ranks) < ODD.matrices.rank
+    optimizer.zero_grad()
+    assert step_and_count(optimizer)["gradients"] == optimizer.footprint().gradients

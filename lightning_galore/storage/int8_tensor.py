@@ -57,8 +57,12 @@ class Int8Tensor(Tensor):
         return INT8.decode(self.codes, self.absmax, self.shape, dtype or self.dtype)
 
     def store_(self, value: Tensor) -> None:
-        """Write another floating-point value, to the nearest codes with fresh scales."""
-        self._take(*INT8.encode(value))
+        """Write another floating-point value, to the nearest codes with fresh scales.
+
+        What the codes stand for already stays as it is: fresh scales would be others, and the codes with them.
+        """
+        if not torch.equal(value, self.dequantize(value.dtype)):
+            self._take(*INT8.encode(value))
 
     def update_(self, value: Tensor, generator: torch.Generator | None = None) -> None:
         """Write what this has become by a small step: scales stay where they serve, so that what did not move stays.

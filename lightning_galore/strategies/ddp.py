@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import Trainer
@@ -17,13 +15,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_galore.distributed import Team
 from lightning_galore.strategies.base import GaLoreStrategy
+from lightning_galore.weights import coded_weights
 
 # Arguments of DistributedDataParallel that mean something without it.
 _KEPT = ("broadcast_buffers", "find_unused_parameters")
@@ -53,6 +50,9 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
         self._check_backward_modes()
         assert self.lightning_module is not None
         _sync_module_states(self.lightning_module)
+        for weight in coded_weights(self.lightning_module).values():  # that shares what codes stand for
+            for part in (weight.codes, weight.absmax):
+                dist.broadcast(part, 0)
 
     def _check_step_mode(self) -> None:
         if self.config.weight_storage == "int8":
@@ -115,14 +115,8 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
                 dist.broadcast(buffer, 0)
 
     @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: LightningModule | Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
         self._steps += 1
         if self.check_replicas_every and self._steps % self.check_replicas_every == 0:
             self.check_replicas()
