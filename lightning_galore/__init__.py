@@ -4,13 +4,19 @@
 from lightning_galore.callbacks import GradNormMonitor, SubspaceScheduler
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
-from lightning_galore.strategies import GaLoreDDPStrategy, GaLoreSingleDeviceStrategy, GaLoreStrategy
+from lightning_galore.strategies import (
+    GaLoreDDPStrategy,
+    GaLoreModelParallelStrategy,
+    GaLoreSingleDeviceStrategy,
+    GaLoreStrategy,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GaLoreConfig",
     "GaLoreDDPStrategy",
+    "GaLoreModelParallelStrategy",
     "GaLoreOptimizer",
     "GaLoreSingleDeviceStrategy",
     "GaLoreStrategy",

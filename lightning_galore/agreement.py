@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_galore.bases import StoredBases
 from lightning_galore.distributed import Team
 from lightning_galore.moments import Change
 from lightning_galore.refresh import REPORTED, Refresh, Refresher
+from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState
 from lightning_galore.targets import Target
 
@@ -27,16 +28,27 @@ _FIXED = 9  # numbers in the header before the spectrum
 
 @dataclass(frozen=True, kw_only=True)
 class Due:
-    """A weight whose basis is due, with what a refresh of it takes."""
+    """A weight whose basis is due, with what a refresh of it takes.
+
+    Args:
+        grad: Its gradient.
+        target: Its name and geometry.
+        state: Its state.
+        group: Its param group.
+        sharding: How weight and gradient are divided; None where each process holds them whole.
+    """
 
     grad: Tensor
     target: Target
     state: WeightState
     group: Mapping[str, Any]
+    sharding: Sharding | None = None
 
 
 class Agreement:
-    """Refreshes of weights whose gradients are the same on all processes, each by one of them.
+    """Refreshes of weights whose gradients are the same on all processes, or parts of the same, each by one of them.
+
+    Where each holds a part, the owner of a refresh gathers the gradient: no process holds more than one whole matrix.
 
     Args:
         team: The processes.
@@ -57,18 +69,24 @@ class Agreement:
         if self._refresher.budget is not None or len(due) < 2:
             return
         costs = [math.prod(one.target.projection.shape) * float(one.target.projection.rank) for one in due]
-        for one, owner in zip(due, self._team.divide(costs), strict=True):
-            self._owners[one.target] = owner
-            if owner == self._team.rank:
-                self._mine[one.target] = self._refresher.refresh(one.grad, one.target, one.state, one.group)
+        owners = self._team.divide(costs)
+        self._owners = {one.target: owner for one, owner in zip(due, owners, strict=True)}
+        for together in _rounds(due, owners):
+            # All take part in gathering before any begins to work, so that they work at the same time.
+            for one in [self._gathered(one, self._owners[one.target]) for one in together]:
+                if self._owners[one.target] == self._team.rank:
+                    self._mine[one.target] = self._refresher.refresh(one.grad, one.target, one.state, one.group)
 
     def refresh(self, one: Due) -> Refresh:
         """What the weight's owner finds; every process calls this for the same weights in the same order."""
         owner = self._owners.pop(one.target, None)
+        mine = self._mine.pop(one.target, None)
         if owner is None:
             owner, self._turn = self._turn % self._team.size, self._turn + 1
+            one = self._gathered(one, owner)
+        else:
+            one = replace(one, state=one.state.gathered())
         if owner == self._team.rank:
-            mine = self._mine.pop(one.target, None)
             refresh = mine or self._refresher.refresh(one.grad, one.target, one.state, one.group)
             self._team.share(_header(refresh, one.grad.device), owner=owner)
             for tensor in _tensors(refresh.bases):
@@ -83,6 +101,13 @@ class Agreement:
     def agree(self, number: Tensor) -> Tensor:
         """A 0-D tensor as the first process has it: schedules decide by it, and must do so alike."""
         return self._team.share(number.clone(), owner=0)
+
+    def _gathered(self, one: Due, owner: int) -> Due:
+        """The same with whole bases everywhere, and the whole gradient on the owner; all processes call it."""
+        if one.sharding is None:
+            return one
+        grad = one.sharding.gathered(one.grad, self._team, owner=owner)
+        return replace(one, grad=grad, state=one.state.gathered())
 
     def forget(self) -> None:
         """No refresh waits any more."""
@@ -116,6 +141,15 @@ class Agreement:
             cosine=cosine,
             spectrum=tuple(header[_FIXED : _FIXED + int(count)]),
         )
+
+
+def _rounds(due: Sequence[Due], owners: Sequence[int]) -> Iterator[list[Due]]:
+    """All of ``due``, so that no owner has two in one round."""
+    queues: dict[int, list[Due]] = {}
+    for one, owner in zip(due, owners, strict=True):
+        queues.setdefault(owner, []).append(one)
+    for turn in range(max(map(len, queues.values()))):
+        yield [queue[turn] for queue in queues.values() if turn < len(queue)]
 
 
 def _header(refresh: Refresh | None, device: torch.device) -> Tensor:

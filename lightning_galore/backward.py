@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_galore.distributed import OrderedAverage, Team
-from lightning_galore.linalg import norm_sq, without_autocast
+from lightning_galore.grad_norms import GradNorms
+from lightning_galore.linalg import without_autocast
 from lightning_galore.low_grad import LowGrad
 
 
@@ -63,13 +64,13 @@ class GradientHooks:
         self._warned = False
         self._due: dict[Tensor, bool] = {}
         self._moved: dict[Tensor, None] = {}  # an ordered set, so that sums over it repeat
-        self._grad_sq: dict[Tensor, Tensor] = {}
-        self._clamped_sq: dict[Tensor, Tensor] = {}
-        self._exact: dict[Tensor, bool] = {}
+        self.norms = GradNorms()
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._removed = False
         # Where several processes train one model: what this window has gathered is averaged before it is used.
         self.team: Team | None = None
+        # Whether refreshes wait for the step, where processes share them out: each holds a part of every gradient.
+        self.defers = False
         # Whether a parameter's gradient is whole after this one backward, so that it can travel while that goes on.
         self.streams = False
         self._average: OrderedAverage | None = None
@@ -117,9 +118,7 @@ class GradientHooks:
         self._average, self._settled = None, False
         self._due.clear()
         self._moved.clear()
-        self._grad_sq.clear()
-        self._clamped_sq.clear()
-        self._exact.clear()
+        self.norms.clear()
 
     @contextmanager
     def arming(self, armed: bool, *, streams: bool = False) -> Iterator[None]:
@@ -171,12 +170,10 @@ class GradientHooks:
             return
         if keeps_full or not (target or moves):
             return
-        # After a second gradient in one window the cross term of the two is gone, and with it the norm of their sum.
-        self._exact[param] = param not in self._grad_sq and self.team is None
-        self._grad_sq[param] = norm_sq(param.grad)
+        self.norms.note(param, param.grad, exact=self.team is None)
         if moves and self.clip_value is not None:
             param.grad.clamp_(-self.clip_value, self.clip_value)
-            self._clamped_sq[param] = norm_sq(param.grad)
+            self.norms.note_clamped(param, param.grad)
         low_grad = self._project(param, consumer) if target else None
         if moves:
             self._move(param, low_grad, consumer)
@@ -187,8 +184,9 @@ class GradientHooks:
         """Whether a refresh, or a look at the gradient's energy, must wait for the window's last backward."""
         if param not in self._due:
             self._due[param] = consumer.is_due(param)
-        # Where there are several processes, until their gradients have been averaged.
-        return (not self.armed or self.team is not None) and param not in self.waiting and consumer.waits(param)
+        # Where there are several processes, until their gradients have been averaged, or shared out.
+        later = not self.armed or self.team is not None or self.defers
+        return later and param not in self.waiting and consumer.waits(param)
 
     def _project(self, param: Tensor, consumer: Consumer) -> LowGrad:
         """Add to the weight's low-rank gradient and free the full one."""
@@ -213,8 +211,8 @@ class GradientHooks:
         """Update the parameter now; nothing of its gradient stays but the norm."""
         self._moved[param] = None
         self.waiting.pop(param, None)
-        if low_grad is not None and not self._exact[param]:
-            self._grad_sq[param] = norm_sq(low_grad.grad)
+        if low_grad is not None and not self.norms.is_exact(param):
+            self.norms.settle(param, low_grad.grad, exact=False)
         consumer.move(param, low_grad)
         param.grad = None
 
@@ -255,10 +253,8 @@ class GradientHooks:
         if not self.layerwise or consumer is None:
             return
         low_grad = self.waiting.get(param)
-        self._exact[param] = low_grad is None
+        self.norms.settle(param, param.grad if low_grad is None else None, exact=low_grad is None)
         if low_grad is None:  # its full gradient has been averaged
-            assert param.grad is not None
-            self._grad_sq[param] = norm_sq(param.grad)
             low_grad = self._project(param, consumer) if consumer.is_target(param) else None
         self._move(param, low_grad, consumer)
 
@@ -272,32 +268,15 @@ class GradientHooks:
 
     # -- norms ---------------------------------------------------------------------------------------------------------
 
-    def residual_sq(self) -> list[Tensor]:
-        """Squared norms of what projecting left out of the waiting gradients, ``|G|^2 - |R|^2``, one a weight.
-
-        Exact for one backward a window. A weight that got several gradients counts with its low-rank norm only.
-        """
-        return [
-            (self._grad_sq[param] - norm_sq(low_grad.grad)).clamp(min=0)
-            for param, low_grad in self.waiting.items()
-            if self._exact.get(param)
-        ]
-
-    def norm_sq(self, param: Tensor, low_grad: LowGrad) -> Tensor:
-        """Squared norm of a weight's gradient (clamped, if it was): the full one where known, else the low-rank one."""
-        if self._exact.get(param):
-            return self._clamped_sq.get(param, self._grad_sq[param])
-        return norm_sq(low_grad.grad if param.grad is None else param.grad)
-
     def grad_norm(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Norm of all gradients of this window, 0-D: those still held, those waiting, and those already consumed."""
         self.settle()
         params = [param for group in groups for param in group["params"]]  # proxies and the residual, while exposed
-        parts = [norm_sq(param.grad) for param in params if param.grad is not None]
+        grads, residual = [param.grad for param in params if param.grad is not None], None
         if self._exposed is None:
-            parts += [norm_sq(low_grad.grad) for low_grad in self.waiting.values()] + self.residual_sq()
-        parts += [self._grad_sq[param] for param in self._moved]
-        return torch.stack(parts).sum().sqrt() if parts else torch.zeros(())  # one device, as the optimizer's state
+            grads += [low_grad.grad for low_grad in self.waiting.values()]
+            residual = self.norms.residual_sq(self.waiting)
+        return self.norms.total(grads, self._moved, residual)
 
     # -- showing what waits --------------------------------------------------------------------------------------------
 
@@ -321,9 +300,9 @@ class GradientHooks:
         for group in groups:
             shown = [self.waiting[param].proxy if param in self.waiting else param for param in group["params"]]
             group["params"] = shown
-        residual = self.residual_sq()
-        if residual:
-            norm = torch.stack(residual).sum().sqrt()
+        residual = self.norms.residual_sq(self.waiting)
+        if residual is not None:
+            norm = self.norms.carrier(residual.sum().sqrt())
             carrier = nn.Parameter(torch.zeros_like(norm))
             carrier.grad = norm
             groups[0]["params"] = [*groups[0]["params"], carrier]

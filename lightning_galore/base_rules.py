@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,6 +132,8 @@ REFUSED: dict[str, str] = {
     "PytorchLARS": _READS_NORM,
     "SAM": "it evaluates the loss twice in one step",
 }
+# Its norms of rows and columns raise on DTensors (torch 2.13).
+_WHOLE_ONLY = {"Adafactor"}
 LOW_RANK_PACKAGES = ("galore_torch", "q_galore_torch", "apollo_torch", "ldadamw_torch")
 
 
@@ -144,22 +145,24 @@ def families(base: Optimizer) -> list[str]:
     return names
 
 
-def check_params(base: Optimizer) -> None:
-    """Refuse parameters of which this process holds a part only.
+def check_sharded(base: Optimizer) -> None:
+    """Refuse an optimizer whose kernels take whole tensors only, where each process holds a part.
 
     Raises:
-        ValueError: If one is a DTensor, as FSDP2 and tensor parallelism make them.
+        ValueError: With what to use instead.
     """
-    # Without this module there is none, and it takes most of a second to import.
-    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    for group in base.param_groups:
-        for param in group["params"]:
-            if isinstance(param, sharded):
-                raise ValueError(
-                    f"A parameter of shape {tuple(param.shape)} is sharded ({param.placements}, a DTensor of FSDP2 or "
-                    "tensor parallelism), which low-rank training does not support yet. Use GaLoreDDPStrategy, or "
-                    "GaLoreOptimizer.join(Team()) on whole weights."
-                )
+    for cls in type(base).__mro__:
+        package = cls.__module__.split(".")[0]
+        if package in ("bitsandbytes", "torchao"):
+            raise ValueError(
+                f"base={type(base).__name__} of {package} cannot step weights that are sharded over processes (FSDP2): "
+                "its kernels take whole tensors. Use torch.optim.AdamW or another one of torch, or GaLoreDDPStrategy."
+            )
+    if _WHOLE_ONLY & set(families(base)):
+        raise ValueError(
+            f"base={type(base).__name__} cannot step weights that are sharded over processes (FSDP2): torch cannot do "
+            "its arithmetic on sharded tensors. Use torch.optim.AdamW or SGD, or GaLoreDDPStrategy."
+        )
 
 
 def check_base(base: Optimizer) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_galore import dtensors
+
 CODE_BLOCK = 256  # entries that share one scale in bitsandbytes' 8-bit optimizers
 
 
@@ -90,6 +92,10 @@ def _device(value: Tensor) -> torch.device:
 
 def _settle(base: Optimizer, old: Tensor, value: Tensor) -> Tensor:
     """``value`` in memory of the kind, dtype and device of ``old``."""
+    if dtensors.is_sharded(old):
+        assert dtensors.is_sharded(value)
+        cast: Any = value.to(old.dtype)
+        return cast.redistribute(placements=old.placements)
     if not is_paged(old):
         return torch.empty(value.shape, dtype=old.dtype, device=old.device).copy_(value)
     if old.shape != value.shape:

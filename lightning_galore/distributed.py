@@ -53,6 +53,10 @@ class Team:
         dist.broadcast(tensor, group=self.group, group_src=owner)
         return tensor
 
+    def global_rank(self, rank: int) -> int:
+        """Number of a process of the team among all processes."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
     def divide(self, costs: Sequence[float]) -> list[int]:
         """An owner for each piece of work, the dearest first to whoever has least: the same on every process."""
         loads, owners = [0.0] * self.size, [0] * len(costs)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_galore import dtensors
+
 
 def decomposition_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision has no LAPACK kernels and too few digits for a basis: decompose in at least fp32."""
@@ -235,10 +237,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def norm(grad: Tensor) -> Tensor:
-    """Frobenius norm in fp32 at least, 0-D, without a temporary of the gradient's size; of a sparse one too."""
+    """Frobenius norm in fp32 at least, 0-D, without a temporary of the gradient's size; of a sparse one too.
+
+    Of a DTensor that of the whole, which is collective.
+    """
     if grad.is_sparse:
         grad = grad.coalesce().values()
-    return torch.linalg.vector_norm(grad.detach(), dtype=decomposition_dtype(grad.dtype))
+    return dtensors.whole(torch.linalg.vector_norm(grad.detach(), dtype=decomposition_dtype(grad.dtype)))
 
 
 def norm_sq(grad: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_galore import storage
-from lightning_galore.bases import StoredBases
+from lightning_galore import dtensors, storage
+from lightning_galore.coordinates import Coordinates
 from lightning_galore.refresh import Refresh
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
@@ -64,11 +64,9 @@ class LowGrad:
     """A weight's projected gradient, waiting for a step. Dropping it drops its refresh: a skipped step loses nothing.
 
     Args:
-        grad: The low-rank gradient, of ``projection.low_shape``.
+        grad: The low-rank gradient, of ``coordinates.projection.low_shape``.
         target: The weight's name and geometry, whose rank is the upper bound of an adaptive one.
-        projection: Its geometry with the rank of the bases.
-        stored: What the gradient was projected with, as it is kept.
-        bases: The same, read.
+        coordinates: What the gradient was projected with.
         refresh: What happened if a refresh was due.
         energy: Share of the gradient's energy that the bases hold, 0-D, where somebody wants to know.
         accumulator: Holds the gradient while it waits; None for the gradient itself.
@@ -79,27 +77,22 @@ class LowGrad:
         grad: Tensor,
         *,
         target: Target,
-        projection: Projection,
-        stored: StoredBases,
-        bases: tuple[Tensor, ...],
+        coordinates: Coordinates,
         refresh: Refresh | None,
         energy: Tensor | None = None,
         accumulator: Accumulator | None = None,
     ) -> None:
-        self.target, self.projection, self.stored = target, projection, stored
+        self.target, self.coordinates = target, coordinates
         self.refresh, self.energy = refresh, energy
         self._grad: Tensor | None = grad  # until there is a proxy
         self._proxy: nn.Parameter | None = None
         self._dtype = grad.dtype
         self._accumulator = accumulator
-        self._bases: tuple[Tensor, ...] | None = bases
 
     @property
-    def bases(self) -> tuple[Tensor, ...]:
-        """The bases, decoded once until :meth:`wait`."""
-        if self._bases is None:
-            self._bases = self.stored.read(self._dtype)
-        return self._bases
+    def projection(self) -> Projection:
+        """The weight's geometry with the rank of the bases."""
+        return self.coordinates.projection
 
     @property
     def proxy(self) -> nn.Parameter:
@@ -126,7 +119,7 @@ class LowGrad:
 
     def _fetch(self) -> None:
         if self._accumulator is not None and self._accumulator.is_full:
-            self._hold(self._accumulator.take(self._dtype))
+            self._hold(self.coordinates.like(self._accumulator.take(self._dtype)))
 
     def _hold(self, grad: Tensor | None) -> None:
         if self._proxy is None:
@@ -141,17 +134,17 @@ class LowGrad:
 
     def add_(self, grad: Tensor) -> None:
         """Accumulate one more full gradient ``(m, n)``: exact, because projecting is linear and the bases stay."""
-        more = self.projection.project(grad, self.bases)
+        more = self.coordinates.project(grad)
         if self._accumulator is not None and self._accumulator.is_full:
-            self._accumulator.add(more)
+            self._accumulator.add(dtensors.local(more))
         else:
             self.grad.add_(more)
 
     def wait(self) -> None:
         """Hold as little as possible until the next backward or the step: no decoded basis, the gradient as kept."""
-        self._bases = None
+        self.coordinates.let_go()
         if self._accumulator is not None and not self._accumulator.is_full:
-            self._accumulator.put(self.grad)
+            self._accumulator.put(dtensors.local(self.grad))
             self._hold(None)
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes by category, held or to be held, from the same layout that the optimizer allocates."""
+"""Bytes by category, held or to be held, from the same layout that the optimizer allocates.
+
+Where weights are sharded over processes, these are the bytes of one of them.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_galore import base_probe, state_keys, storage
+from lightning_galore import base_probe, dtensors, state_keys, storage
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.sharding import Sharding
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
 
@@ -55,10 +59,10 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
         for param in group["params"]:
             weights += storage.nbytes(param)
             target = targets.get(param)
-            shape = tuple(param.shape)
+            shape = tuple(dtensors.local(param).shape)
             if target is not None:
                 state = state_keys.WeightState(base.state.get(param) or {}, target.projection)
-                shape = state.projection.low_shape
+                shape = _low_part_shape(state.projection, param)
                 bases += state.bases.nbytes if state.has_bases else _basis_bytes(target.projection, param, config)
             own = {k: v for k, v in (base.state.get(param) or {}).items() if not state_keys.is_ours(k)}
             tally.add(own or None, group, shape, param)
@@ -98,7 +102,7 @@ def _gradient_bytes(param: Tensor, low_shape: tuple[int, ...] | None, config: Ga
     """Of a projected weight, or, without ``low_shape``, of another parameter."""
     if config.mode == "layerwise" or not param.requires_grad:
         return 0
-    kept, shape = "param", tuple(param.shape)
+    kept, shape = "param", tuple(dtensors.local(param).shape)
     if low_shape is not None and config.mode == "project":
         kept, shape = config.accumulator_storage, low_shape
     return storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype)
@@ -168,7 +172,7 @@ def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreCon
     probed: dict[tuple[Any, ...], int] = {}
     held = {}
     for param, target in targets.items():
-        low_shape = target.projection.low_shape
+        low_shape = _low_part_shape(target.projection, param)
         key = (groups[param], low_shape, param.dtype, param.device)
         if key not in probed:
             probed[key] = base_probe.probe_state(base, base.param_groups[groups[param]], low_shape, param)
@@ -177,5 +181,13 @@ def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreCon
 
 
 def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
-    kept = config.basis_storage
-    return sum(storage.stored_bytes(s, storage=kept, param_dtype=param.dtype) for s in projection.basis_shapes)
+    kept, shapes, sharding = config.basis_storage, projection.basis_shapes, Sharding.of(param)
+    if sharding is not None and kept not in storage.CODECS:
+        shapes = sharding.basis_part_shapes(projection, divide=config.basis_placement == "shard")
+    return sum(storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype) for shape in shapes)
+
+
+def _low_part_shape(projection: Projection, param: Tensor) -> tuple[int, int]:
+    """Shape of what this process holds of a low-rank tensor."""
+    sharding = Sharding.of(param)
+    return projection.low_shape if sharding is None else sharding.low_part_shape(projection)

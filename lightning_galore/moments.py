@@ -53,6 +53,11 @@ class Change:
         changes = [after.to(dtype).mT @ before.to(dtype) for after, before in zip(new, old, strict=True)]
         return cls(left=None if side == "right" else changes[0], right=None if side == "left" else changes[-1])
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Change:
+        """The same change with each of its matrices as ``function`` gives it."""
+        left, right = (None if one is None else function(one) for one in (self.left, self.right))
+        return Change(left=left, right=right)
+
     @property
     def _sides(self) -> list[tuple[int, Tensor]]:
         return [(axis, matrix) for axis, matrix in ((-2, self.left), (-1, self.right)) if matrix is not None]

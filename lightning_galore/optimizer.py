@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_probe, base_rules, linalg, state_keys, weights
+from lightning_galore import base_probe, base_rules, dtensors, linalg, sharded_state, state_keys, weights
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.distributed import Team
@@ -21,6 +21,7 @@ from lightning_galore.lift import warn_of_idle_rounding
 from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
 from lightning_galore.proxies import Swap
+from lightning_galore.sharding import check_sharded_settings, common_shards
 from lightning_galore.stepping import Stepper
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
 from lightning_galore.watch import SubspaceControls
@@ -65,7 +66,6 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             raise ValueError(f"base={type(base).__name__} is wrapped already; use it as it is, or wrap its .base.")
         if not isinstance(base, Optimizer):
             raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
-        base_rules.check_params(base)
         targets, table = select_targets(model, base.param_groups, config)
         base_rules.check_base(base)
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
@@ -81,7 +81,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
             if not any(map(state_keys.is_ours, base.state.get(param, ()))):
-                base_rules.shrink_eager_state(base, param, target.projection.low_shape)
+                self._shrink_state(param, target)
 
     def _attach(self, base: Optimizer, config: GaLoreConfig, chosen: Chosen, model: nn.Module | None = None) -> None:
         super().__init__(base)
@@ -92,8 +92,31 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._stepper = Stepper(base, config, self._projector)
         self._places: dict[Tensor, tuple[int, int]] = {}  # group, and position in it
         self.hooks = GradientHooks(self, layerwise=config.mode == "layerwise")
+        self._join_shards()
         self._know_params()
         self._projector.arrange(self.param_groups)
+
+    def _shrink_state(self, param: Tensor, target: Target) -> None:
+        """Give state that ``base`` made in its constructor the low-rank shape."""
+        if self.base.state.get(param):
+            if dtensors.is_sharded(param):
+                self.base.state[param] = {
+                    key: dtensors.whole(value) if isinstance(value, Tensor) else value
+                    for key, value in self.base.state[param].items()
+                }
+            base_rules.shrink_eager_state(self.base, param, target.projection.low_shape)
+            self.base.state[param] = sharded_state.placed(self.base.state[param], param, target)
+
+    def _join_shards(self) -> None:
+        """Where each process holds a part of every weight, refresh together from the start."""
+        shards = common_shards({target.name: param for param, target in self.targets.items()})
+        if shards is None or self.hooks.norms.shards is not None:
+            return
+        base_rules.check_sharded(self.base)
+        check_sharded_settings(self.config)
+        self._projector.join(shards.team())
+        self.hooks.norms.shards = shards
+        self.hooks.defers = self.config.mode == "project"
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -135,8 +158,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._know_params()
         for param, target in targets.items():
             if param not in self.targets:
-                base_rules.shrink_eager_state(self.base, param, target.projection.low_shape)
+                self._shrink_state(param, target)
                 self.targets[param] = target
+        self._join_shards()
         self._projector.arrange(self.param_groups)
         # Called through a LightningOptimizer, self is that one, which keeps attributes of its own.
         vars(getattr(self, "_optimizer", self))["_table"] = table
@@ -203,7 +227,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
 
     def _swap(self, param: Tensor, group: dict[str, Any], low_grad: LowGrad) -> Swap:
         clips = self.config.clip_weight_norm is not None  # the norm is one more pass over the gradient
-        norm_sq = self.hooks.norm_sq(param, low_grad) if clips else None
+        norm_sq = self.hooks.norms.of(param, low_grad) if clips else None
         return self._stepper.swap(param, group, low_grad, norm_sq=norm_sq)
 
     # -- gradients that are consumed in backward -----------------------------------------------------------------------
@@ -277,7 +301,12 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
 
         Args:
             team: The processes.
+
+        Raises:
+            ValueError: If weights are sharded (FSDP2): then the optimizer knows the processes from them.
         """
+        if self.hooks.norms.shards is not None:
+            raise ValueError("join(): the weights are sharded (DTensors), and their processes work together already.")
         self._projector.join(team)
         if self.config.mode != "step":
             self.hooks.team = team
@@ -295,6 +324,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             ValueError: If it is of another rank or side, full-rank, or of another package; nothing has changed then.
         """
         state_keys.check_loadable(state_dict, self.param_groups, self.targets, adaptive=self.config.adaptive_rank)
+        state_dict = sharded_state.placed_state_dict(
+            state_dict, self.param_groups, self.targets, divide_bases=self.config.basis_placement == "shard"
+        )
         self.hooks.reset()  # what waits is of another course
         self._projector.forget()
         self.base.load_state_dict(state_dict)

@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 from lightning_galore import base_rules, linalg, memory, schedule
 from lightning_galore.agreement import Agreement, Due
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.coordinates import Coordinates
 from lightning_galore.distributed import Team
 from lightning_galore.low_grad import Accumulator, LowGrad
 from lightning_galore.moments import MOMENTS
 from lightning_galore.rank import Extent, StateBudget
 from lightning_galore.refresh import Refresh, Refresher, RefreshEvent
 from lightning_galore.schedule import SCHEDULES, Observation, RefreshRecord
+from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState
 from lightning_galore.subspace import seeded_generator
 from lightning_galore.targets import Target
@@ -50,6 +52,7 @@ class Projector:
         #: Told of every refresh.
         self.listeners: list[Callable[[RefreshEvent], None]] = []
         self._places: dict[Target, tuple[int, int]] = {}
+        self._shardings: dict[Tensor, Sharding | None] = {}
         self._budgeted: set[Tensor] = set()
 
     def reschedule(self, config: GaLoreConfig) -> None:
@@ -110,12 +113,18 @@ class Projector:
         """
         if self.agreement is None:
             return
-        ones = [
-            Due(grad=param.grad, target=self._targets[param], state=self.state_of(param), group=group)
-            for param, group in due
-            if param.grad is not None
-        ]
+        ones = [self._due_one(param, param.grad, group) for param, group in due if param.grad is not None]
         self.agreement.divide(ones)
+
+    def _due_one(self, param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> Due:
+        target, state = self._targets[param], self.state_of(param)
+        return Due(grad=grad, target=target, state=state, group=group, sharding=self.sharding_of(param))
+
+    def sharding_of(self, param: Tensor) -> Sharding | None:
+        """How a projected weight is divided among processes; None where each holds it whole."""
+        if param not in self._shardings:
+            self._shardings[param] = Sharding.of(param, name=self._targets[param].name)
+        return self._shardings[param]
 
     def state_of(self, param: Tensor) -> WeightState:
         """The state of a projected weight, to read; before its first step it is empty."""
@@ -153,17 +162,20 @@ class Projector:
             raise ValueError(
                 f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
             )
-        refresh = None
+        refresh, sharding = None, self.sharding_of(param)
         if due and self.agreement is not None:
-            refresh = self.agreement.refresh(Due(grad=grad, target=target, state=state, group=group))
+            refresh = self.agreement.refresh(self._due_one(param, grad, group))
         elif due:
             refresh = self.refresher.refresh(grad, target, state, group)
         elif not state.has_bases:
             refresh = self.refresher.stand_in(grad, target, state)
+        if refresh is not None and refresh.bases is not None and sharding is not None:
+            divide = self.config.basis_placement == "shard"
+            refresh = replace(refresh, bases=sharding.at_rest(refresh.bases, target.projection.side, divide=divide))
         stored = refresh.bases if refresh and refresh.bases else state.bases
         projection = target.projection.with_rank(stored.rank)
-        bases = stored.read(grad.dtype)
-        low = projection.project(grad, bases)
+        coordinates = Coordinates(projection, stored, sharding, dtype=grad.dtype)
+        low = coordinates.project(grad)
         decides = bool(refresh and refresh.found) or (
             self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))
         )
@@ -173,9 +185,7 @@ class Projector:
         return LowGrad(
             low,
             target=target,
-            projection=projection,
-            stored=stored,
-            bases=bases,
+            coordinates=coordinates,
             refresh=refresh,
             energy=energy,
             accumulator=self._accumulator(grad, target, state.step),
@@ -191,11 +201,12 @@ class Projector:
 
     def carried(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The wrapped optimizer's own state of a weight in its new coordinates; None where they have not changed."""
-        refresh, own = low_grad.refresh, self.state_of(param).own
+        refresh, own, sharding = low_grad.refresh, self.state_of(param).own, self.sharding_of(param)
         if refresh is None or not own:
             return None
         if refresh.change is not None:
-            return self._moments.carry(self._base, own, group, refresh.change)
+            change = refresh.change if sharding is None else refresh.change.mapped(sharding.shards.replicated)
+            return self._moments.carry(self._base, own, group, change)
         if low_grad.projection == low_grad.target.projection:
             return None
         # Made in the optimizer's constructor (Adagrad), for the most that the rank may be.

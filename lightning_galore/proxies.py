@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_galore import base_rules, state_keys
+from lightning_galore import base_rules, linalg, state_keys
 from lightning_galore.low_grad import LowGrad
 
 
@@ -74,7 +74,7 @@ def calls_of(
     for swap in swaps:
         # Adafactor steps by max(eps2, RMS(W)) and a zero proxy has RMS 0: so let eps2 be what the weight gives.
         eps1, eps2 = swap.group["eps"]
-        rms = float(swap.param.norm(2)) / swap.param.numel() ** 0.5
+        rms = float(linalg.norm(swap.param)) / swap.param.numel() ** 0.5
         yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))})
     yield Shown(dense=dense)
 

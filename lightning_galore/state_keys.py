@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_galore import storage
+from lightning_galore import dtensors, storage
 from lightning_galore.bases import StoredBases
 from lightning_galore.schedule import RefreshRecord
 from lightning_galore.subspace import SIDE_CODES, Projection
@@ -114,6 +114,14 @@ class WeightState:
         )
         return StoredBases(parts=tuple(parts), orthonormal=self._orthonormal)
 
+    def gathered(self) -> WeightState:
+        """The same, to read, with whole bases where each process keeps a part; collective there."""
+        keys = [key for key in basis_keys(self._target) if dtensors.is_sharded(self._state.get(key))]
+        if not keys:
+            return self
+        whole = {key: dtensors.whole(self._state[key]) for key in keys}
+        return WeightState({**self._state, **whole}, self._target, orthonormal=self._orthonormal)
+
     @property
     def projection(self) -> Projection:
         """The weight's geometry now: under an adaptive rank the target's rank is only the upper bound."""
@@ -150,11 +158,7 @@ class WeightState:
             energy: Share of the gradient's energy that the new bases hold.
         """
         if bases is not None:
-            for key, part in zip(basis_keys(self._target), bases.parts, strict=True):
-                self._state[key] = part.codes
-                self._state.pop(key + ABSMAX, None)
-                if part.absmax is not None:
-                    self._state[key + ABSMAX] = part.absmax
+            self.write_bases(bases)
             self._state[RANK] = bases.rank
         self._state.update(
             {
@@ -163,6 +167,14 @@ class WeightState:
                 FAILURES: self.num_failures + failed,
             }
         )
+
+    def write_bases(self, bases: StoredBases) -> None:
+        """Write the tensors of bases."""
+        for key, part in zip(basis_keys(self._target), bases.parts, strict=True):
+            self._state[key] = part.codes
+            self._state.pop(key + ABSMAX, None)
+            if part.absmax is not None:
+                self._state[key + ABSMAX] = part.absmax
 
     def count_step(self) -> None:
         """One update more."""

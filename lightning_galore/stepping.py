@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_galore import base_rules, state_keys
+from lightning_galore import base_rules, dtensors, state_keys
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS, Rounding
 from lightning_galore.low_grad import LowGrad, clip_
@@ -45,8 +45,10 @@ class Stepper:
             clip_(low_grad.grad, self._config.clip_weight_norm, norm_sq=norm_sq)
         penalty = self._penalty(group)
         if penalty:
-            low_grad.grad.add_(low_grad.projection.project(param, low_grad.bases), alpha=penalty)
+            low_grad.grad.add_(low_grad.coordinates.project(param.detach()), alpha=penalty)
         carried = self._projector.carried(param, low_grad, group)
+        if low_grad.coordinates.gathers:  # not of all weights until they have stepped
+            low_grad.coordinates.let_go()
         return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
 
     def step(self, swaps: list[Swap], dense: Mapping[Tensor, tuple[int, int]], **kwargs: Any) -> Any:
@@ -108,9 +110,11 @@ class Stepper:
         self._projector.commit(swap.param, low_grad, group)
         scale = group.get("scale") or self._config.scale
         scale *= base_rules.lift_factor(group, projection.shape, projection.low_shape)
-        shrink, update = self._shrink(group, 1.0), swap.proxy.detach()
-        with self._rounding.opened(swap.param, name=low_grad.target.name, step=step) as weight:
-            self._lift.apply_(weight, update, projection, low_grad.bases, scale=scale, shrink=shrink)
+        shrink, update = self._shrink(group, 1.0), low_grad.coordinates.spread(swap.proxy.detach())
+        # Where processes hold parts of the weight, each lifts its own.
+        with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
+            self._lift.apply_(weight, update, projection, low_grad.coordinates.bases, scale=scale, shrink=shrink)
+        low_grad.coordinates.let_go()
 
     def _write_dense(self, swap: Swap, place: tuple[int, int]) -> None:
         state = self._base.state[swap.param]
@@ -118,5 +122,5 @@ class Stepper:
         state[state_keys.STEP] = step + 1
         factor = self._config.dense_lr_factor
         # The place stands for a name: a parameter need not be one of a model that has names.
-        with self._rounding.opened(swap.param, name="dense/{}/{}".format(*place), step=step) as weight:
-            weight.mul_(self._shrink(swap.group, factor)).add_(swap.proxy.detach(), alpha=factor)
+        with self._rounding.opened(dtensors.local(swap.param), name="dense/{}/{}".format(*place), step=step) as weight:
+            weight.mul_(self._shrink(swap.group, factor)).add_(dtensors.local(swap.proxy.detach()), alpha=factor)

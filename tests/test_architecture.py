@@ -22,16 +22,19 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"optimizer"}),
     frozenset({"backward", "stepping", "watch", "wrapper"}),
     frozenset({"projector", "proxies"}),
+    frozenset({"grad_norms"}),
     frozenset({"low_grad"}),
     frozenset({"agreement"}),
-    frozenset({"memory", "refresh"}),
+    frozenset({"memory", "refresh", "sharded_state"}),
     frozenset({"checkpoint_files", "convert", "export", "foreign_state", "state_keys", "untrusted"}),
     frozenset({"targets"}),
-    frozenset({"lift", "moments", "weights"}),
+    frozenset({"coordinates", "lift", "moments", "weights"}),
+    frozenset({"sharding"}),
     frozenset({"base_probe", "base_state", "bases", "rank", "schedule", "subspace"}),
     frozenset({"base_rules", "named_optimizers"}),
     frozenset({"storage"}),
     frozenset({"distributed", "linalg"}),
+    frozenset({"dtensors"}),
 )
 ANYONE = frozenset({"config"})  # a leaf: may be read from everywhere and imports no other room
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms} | dict.fromkeys(ANYONE, 99)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_galore import linalg, storage
 from lightning_galore.bases import StoredBases
+from lightning_galore.coordinates import Coordinates
 from lightning_galore.low_grad import Accumulator, LowGrad, clip_
 from lightning_galore.storage import INT8
 from lightning_galore.subspace import Projection
@@ -35,13 +36,11 @@ def low_grad_of(
     projection = Projection(shape=SHAPE, side=side, rank=RANK)
     found = [linalg.orthonormalize(gaussian(d, r, seed=5)) for d, r in projection.basis_shapes]
     stored = StoredBases.write(found, kept=basis_storage, param_dtype=grad.dtype, orthonormal=True)
-    bases = stored.read(grad.dtype)
+    coordinates = Coordinates(projection, stored, None, dtype=grad.dtype)
     return LowGrad(
-        projection.project(grad, bases),
+        coordinates.project(grad),
         target=Target(name="w", projection=projection),
-        projection=projection,
-        stored=stored,
-        bases=bases,
+        coordinates=coordinates,
         refresh=None,
         accumulator=accumulator(kept, seed=seed),
     )
@@ -127,7 +126,7 @@ def test_int8_sums_are_right_in_the_mean() -> None:
 def test_micro_batches_add_up(kept: str, side: Any, dtype: torch.dtype, basis_storage: str) -> None:
     grads = [gaussian(*SHAPE, seed=seed, dtype=dtype) for seed in range(6)]
     low = low_grad_of(grads[0], kept=kept, side=side, basis_storage=basis_storage)
-    bases = tuple(basis.double() for basis in low.bases)
+    bases = tuple(basis.double() for basis in low.coordinates.bases)
     exact = low.projection.project(torch.stack([grad.double() for grad in grads]).sum(0), bases)
     low.wait()
     for grad in grads[1:]:
@@ -148,7 +147,7 @@ def test_sums_of_bf16_gradients_are_better_in_fp32() -> None:
         low = low_grad_of(grads[0], kept=kept)
         low.wait()
         # Sums of the projected gradients as they are rounded: so this is about the adding alone.
-        exact = sum(low.projection.project(grad, low.bases).double() for grad in grads)
+        exact = sum(low.projection.project(grad, low.coordinates.bases).double() for grad in grads)
         for grad in grads[1:]:
             low.add_(grad)
             low.wait()
@@ -165,12 +164,12 @@ def test_waiting_holds_no_more_than_what_waits(kept: str, basis_storage: str) ->
     numel = low.grad.numel()
     waiting = {"param": 4 * numel, "fp32": 4 * numel, "bf16": 2 * numel, "int8": INT8.nbytes(numel)}[kept]
     low.wait()
-    assert held(low) == low.stored.nbytes + waiting
+    assert held(low) == low.coordinates.stored.nbytes + waiting
     low.add_(gaussian(*SHAPE, seed=1))
     low.wait()
-    assert held(low) == low.stored.nbytes + waiting
+    assert held(low) == low.coordinates.stored.nbytes + waiting
     low.wait()  # once more does nothing
-    assert held(low) == low.stored.nbytes + waiting
+    assert held(low) == low.coordinates.stored.nbytes + waiting
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -199,12 +198,12 @@ def test_the_proxy_stays_the_same_object(kept: str) -> None:
 
 def test_bases_are_decoded_once_until_it_waits() -> None:
     low = low_grad_of(gaussian(*SHAPE), basis_storage="int4")
-    first = low.bases
-    assert low.bases is first
+    first = low.coordinates.bases
+    assert low.coordinates.bases is first
     low.wait()
-    again = low.bases
+    again = low.coordinates.bases
     assert again is not first
-    assert again is low.bases
+    assert again is low.coordinates.bases
     assert same_bits(first, again)
     assert storage.nbytes(again) == sum(d * r * 4 for d, r in low.projection.basis_shapes)
 

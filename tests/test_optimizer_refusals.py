@@ -195,19 +195,3 @@ def test_nothing_to_project_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     with pytest.raises(ValueError, match=r"'all-linear' with rank=4 .*0\.weight \(min\(m, n\) = 4 <= rank = 4"):
         GaLoreOptimizer(optim.AdamW(model.parameters()), model, rank=4)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-def test_sharded_weights_are_refused() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = torch.nn.Parameter(distribute_tensor(torch.randn(8, 6), mesh, [Shard(0)]))
-        base = torch.optim.SGD([{"params": [weight], "rank": 2}], lr=0.1)
-        with pytest.raises(ValueError, match=r"shape \(8, 6\) is sharded .*FSDP2.*Use GaLoreDDPStrategy"):
-            GaLoreOptimizer(base)
-    finally:
-        torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
 WeightStorage = Literal["auto", "param", "int8"]
 MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
+BasisPlacement = Literal["replicate", "shard"]
 Mode = Literal["step", "project", "layerwise"]
 Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore"]
 

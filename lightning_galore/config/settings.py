@@ -21,6 +21,7 @@ from lightning_galore.config.presets import (
     METHODS,
     OPEN,
     AccumulatorStorage,
+    BasisPlacement,
     BasisStorage,
     LiftName,
     Method,
@@ -93,6 +94,9 @@ class GaLoreConfig:
         lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``.
         basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, or as
             ``int8`` or ``int4`` codes, read back orthonormal. ``auto`` is what ``method`` says, else ``param``.
+        basis_placement: With weights that are sharded over processes (FSDP2): ``replicate`` keeps a basis on each of
+            them, ``shard`` a part of it, and gathers it at each step. (Of a basis that acts on the sharded dimension
+            each keeps its own rows in either case.) Without effect where weights are whole.
         weight_storage: How the projected weights of ``nn.Linear`` modules are kept: as they are (``param``), or as
             ``int8`` codes which the forward pass decodes. ``auto`` is what ``method`` says, else ``param``.
         moment_storage: ``8bit`` asks that the wrapped optimizer keep its moments in 8 bits or less, and refuses one
@@ -148,6 +152,7 @@ class GaLoreConfig:
     tracking_rho: float = 0.7
     lift: LiftName = "project_back"
     basis_storage: BasisStorage = "auto"
+    basis_placement: BasisPlacement = "replicate"
     weight_storage: WeightStorage = "auto"
     moment_storage: MomentStorage = "auto"
     accumulator_storage: AccumulatorStorage = "param"
@@ -292,6 +297,7 @@ _CHOICES: dict[str, Any] = {
     "rank_rule": RankRuleName,
     "lift": LiftName,
     "basis_storage": BasisStorage,
+    "basis_placement": BasisPlacement,
     "weight_storage": WeightStorage,
     "moment_storage": MomentStorage,
     "accumulator_storage": AccumulatorStorage,

@@ -8,9 +8,11 @@ import difflib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import Trainer
@@ -21,6 +23,7 @@ from typing_extensions import override
 
 from lightning_galore.config import (
     AccumulatorStorage,
+    BasisPlacement,
     BasisStorage,
     GaLoreConfig,
     LiftName,
@@ -39,11 +42,12 @@ from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.strategies.backward_modes import BackwardModes
 from lightning_galore.strategies.checks import check_backward_mode, warn_of_small_weights
 from lightning_galore.strategies.int8_weights import check_optimizers, prepare_to_load, prepare_to_train
+from lightning_galore.strategies.sharded_files import consolidated
 from lightning_galore.targets import NoTargetsError, TargetTable
 
 log = logging.getLogger(__name__)
 
-BaseName = Literal["auto", "single_device", "ddp"]
+BaseName = Literal["auto", "single_device", "ddp", "model_parallel"]
 _SETTINGS = tuple(field.name for field in dataclasses.fields(GaLoreConfig))
 
 
@@ -84,6 +88,7 @@ class GaLoreStrategy(BackwardModes):
         tracking_rho: Weight of the first moment in what subspace="track" follows.
         lift: How the low-rank update becomes a weight update.
         basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
+        basis_placement: Under FSDP2, whether each device keeps a basis whole (replicate) or a part of it (shard).
         weight_storage: How projected weights are kept: param or int8.
         moment_storage: "8bit" refuses an optimizer that keeps its moments in more bits; "base" takes what it does.
         accumulator_storage: How low-rank gradients wait for the next micro-batch: param, fp32, bf16 or int8.
@@ -94,7 +99,8 @@ class GaLoreStrategy(BackwardModes):
         seed: Seed of the random subspaces.
         check_replicas_every: On several devices, every so many optimizer steps compare weights and bases bit by bit,
             and raise an error that names those which differ; 0 is never.
-        base: The Lightning strategy to run on: "single_device", "ddp"; "auto" picks by the Trainer's devices.
+        base: The Lightning strategy to run on: "single_device", "ddp", "model_parallel" (FSDP2); "auto" picks one of
+            the first two by the Trainer's devices.
         **kwargs: Arguments of that Lightning strategy.
 
     Raises:
@@ -139,6 +145,7 @@ class GaLoreStrategy(BackwardModes):
         tracking_rho: float = 0.7,
         lift: LiftName = "project_back",
         basis_storage: BasisStorage = "auto",
+        basis_placement: BasisPlacement = "replicate",
         weight_storage: WeightStorage = "auto",
         moment_storage: MomentStorage = "auto",
         accumulator_storage: AccumulatorStorage = "param",
@@ -163,6 +170,14 @@ class GaLoreStrategy(BackwardModes):
         self.device_named = "device" in kwargs
         super().__init__(**kwargs)
         self.config = GaLoreConfig(**{name: given[name] for name in _SETTINGS})
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a file, or the folder of a sharded run, which is put together first."""
+        path = Path(checkpoint_path)
+        if (path / _METADATA_FILENAME).is_file():
+            return consolidated(path)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -259,6 +274,7 @@ class GaLoreStrategy(BackwardModes):
 
 def _concrete_class(base: str) -> type[GaLoreStrategy]:
     from lightning_galore.strategies.ddp import GaLoreDDPStrategy
+    from lightning_galore.strategies.model_parallel import GaLoreModelParallelStrategy
     from lightning_galore.strategies.single_device import GaLoreAutoStrategy
 
     # Which device, and how many there are, is known once the Trainer has said so.
@@ -266,6 +282,7 @@ def _concrete_class(base: str) -> type[GaLoreStrategy]:
         "auto": GaLoreAutoStrategy,
         "single_device": GaLoreAutoStrategy,
         "ddp": GaLoreDDPStrategy,
+        "model_parallel": GaLoreModelParallelStrategy,
     }
     if base not in classes:
         raise ValueError(f"base={base!r} is not known; choose one of {', '.join(map(repr, classes))}.")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
@@ -20,13 +19,14 @@ from typing_extensions import override
 
 from lightning_galore.distributed import Team
 from lightning_galore.strategies.base import GaLoreStrategy
+from lightning_galore.strategies.replicas import ReplicaCheck
 from lightning_galore.weights import coded_weights
 
 # Arguments of DistributedDataParallel that mean something without it.
 _KEPT = ("broadcast_buffers", "find_unused_parameters")
 
 
-class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
+class GaLoreDDPStrategy(ReplicaCheck, GaLoreStrategy, DDPStrategy):
     """Low-rank training on several devices or nodes, each of which holds the whole model (``strategy="galore_ddp"``).
 
     In mode ``step`` torch's DDP averages full gradients as ever. In modes ``project`` and ``layerwise`` the model is
@@ -37,8 +37,6 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
 
     # They are in no signature of Lightning's, which hands them on.
     handed_on = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
-
-    _steps: int = 0
 
     @override
     def configure_ddp(self) -> None:
@@ -113,35 +111,3 @@ class GaLoreDDPStrategy(GaLoreStrategy, DDPStrategy):
         if module.trainer.state.fn == TrainerFn.FITTING:  # where Lightning would wrap the model in DDP
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
-
-    @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().optimizer_step(*args, **kwargs)
-        self._steps += 1
-        if self.check_replicas_every and self._steps % self.check_replicas_every == 0:
-            self.check_replicas()
-        return output
-
-    def check_replicas(self) -> None:
-        """Compare weights and bases of all processes bit by bit; every process must call it.
-
-        Raises:
-            RuntimeError: With the names of those that differ.
-        """
-        assert self.lightning_module is not None
-        # Not the buffers: batch statistics are each process's own until the next forward pass.
-        buffers = {name for name, _ in self.lightning_module.named_buffers()}
-        state = self.lightning_module.state_dict()
-        tensors = {name: value.detach() for name, value in state.items() if name not in buffers}
-        for optimizer in self._galore_optimizers():
-            for param, target in optimizer.targets.items():
-                own = optimizer.state.get(param) or {}
-                held = {key: value for key, value in own.items() if isinstance(value, torch.Tensor)}
-                tensors |= {f"{key} of {target.name}": value for key, value in held.items()}
-        differing = Team().differing(tensors)
-        if differing:
-            raise RuntimeError(
-                f"The processes do not hold the same {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''} "
-                f"after {self._steps} steps: something changed them on one process only (a callback, random numbers, "
-                "a different number of threads). What was saved before is whole."
-            )

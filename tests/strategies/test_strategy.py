@@ -231,6 +231,7 @@ OTHERS: dict[str, Any] = {
     "weight_storage": "int8",
     "moment_storage": "8bit",
     "accumulator_storage": "fp32",
+    "basis_placement": "shard",
     "stochastic_round": False,
     "clip_weight_norm": 1.0,
     "fix_signs": False,
