@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,34 +14,13 @@ from lightning_galore import storage
 from lightning_galore.bases import StoredBases
 from lightning_galore.distributed import Team
 from lightning_galore.moments import Change
-from lightning_galore.refresh import REPORTED, Refresh, Refresher
-from lightning_galore.sharding import Sharding
-from lightning_galore.state_keys import WeightState
+from lightning_galore.refresh import REPORTED, Due, Refresh, Refresher
 from lightning_galore.targets import Target
 
 # How a basis is kept, as a number in the header.
 _KINDS = ("int4", "int8", "fp32", "bf16", "fp16", "fp64")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _FIXED = 9  # numbers in the header before the spectrum
-
-
-@dataclass(frozen=True, kw_only=True)
-class Due:
-    """A weight whose basis is due, with what a refresh of it takes.
-
-    Args:
-        grad: Its gradient.
-        target: Its name and geometry.
-        state: Its state.
-        group: Its param group.
-        sharding: How weight and gradient are divided; None where each process holds them whole.
-    """
-
-    grad: Tensor
-    target: Target
-    state: WeightState
-    group: Mapping[str, Any]
-    sharding: Sharding | None = None
 
 
 class Agreement:
@@ -75,7 +53,7 @@ class Agreement:
             # All take part in gathering before any begins to work, so that they work at the same time.
             for one in [self._gathered(one, self._owners[one.target]) for one in together]:
                 if self._owners[one.target] == self._team.rank:
-                    self._mine[one.target] = self._refresher.refresh(one.grad, one.target, one.state, one.group)
+                    self._mine[one.target] = self._refresher.refresh(one)
 
     def refresh(self, one: Due) -> Refresh:
         """What the weight's owner finds; every process calls this for the same weights in the same order."""
@@ -87,7 +65,7 @@ class Agreement:
         else:
             one = replace(one, state=one.state.gathered())
         if owner == self._team.rank:
-            refresh = mine or self._refresher.refresh(one.grad, one.target, one.state, one.group)
+            refresh = mine or self._refresher.refresh(one)
             self._team.share(_header(refresh, one.grad.device), owner=owner)
             for tensor in _tensors(refresh.bases):
                 self._team.share(tensor, owner=owner)

@@ -69,6 +69,7 @@ class LowGrad:
         coordinates: What the gradient was projected with.
         refresh: What happened if a refresh was due.
         energy: Share of the gradient's energy that the bases hold, 0-D, where somebody wants to know.
+        full: The gradient itself ``(m, n)``, for a lift that needs it.
         accumulator: Holds the gradient while it waits; None for the gradient itself.
     """
 
@@ -80,10 +81,11 @@ class LowGrad:
         coordinates: Coordinates,
         refresh: Refresh | None,
         energy: Tensor | None = None,
+        full: Tensor | None = None,
         accumulator: Accumulator | None = None,
     ) -> None:
         self.target, self.coordinates = target, coordinates
-        self.refresh, self.energy = refresh, energy
+        self.refresh, self.energy, self.full = refresh, energy, full
         self._grad: Tensor | None = grad  # until there is a proxy
         self._proxy: nn.Parameter | None = None
         self._dtype = grad.dtype

@@ -17,7 +17,7 @@ from lightning_galore import base_probe, base_rules, dtensors, linalg, sharded_s
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.distributed import Team
-from lightning_galore.lift import warn_of_idle_rounding
+from lightning_galore.lift import check_lift, warn_of_idle_rounding
 from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
 from lightning_galore.proxies import Swap
@@ -77,6 +77,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             weights.quantize(model, targets)
         elif model is not None:
             weights.dequantize(model, targets)  # of an earlier run
+        check_lift(config)
         warn_of_idle_rounding(config, [param for group in base.param_groups for param in group["params"]])
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
@@ -113,6 +114,11 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         if shards is None or self.hooks.norms.shards is not None:
             return
         base_rules.check_sharded(self.base)
+        if self._projector.lift.needs_grad:
+            raise ValueError(
+                f"lift={self.config.lift!r} with sharded weights (FSDP2): it needs norms of whole gradients. Use "
+                "lift='project_back', or GaLoreDDPStrategy, where weights are whole."
+            )
         check_sharded_settings(self.config)
         self._projector.join(shards.team())
         self.hooks.norms.shards = shards

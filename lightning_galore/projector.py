@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_galore import base_rules, linalg, memory, schedule
-from lightning_galore.agreement import Agreement, Due
+from lightning_galore.agreement import Agreement
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.coordinates import Coordinates
 from lightning_galore.distributed import Team
+from lightning_galore.lift import LIFTS
 from lightning_galore.low_grad import Accumulator, LowGrad
 from lightning_galore.moments import MOMENTS
 from lightning_galore.rank import Extent, StateBudget
-from lightning_galore.refresh import Refresh, Refresher, RefreshEvent
+from lightning_galore.refresh import Due, Refresh, Refresher, RefreshEvent
 from lightning_galore.schedule import SCHEDULES, Observation, RefreshRecord
 from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState
@@ -45,6 +46,7 @@ class Projector:
         self.agreement: Agreement | None = None
         #: Whether to measure the captured energy at every step.
         self.watching = False
+        self.lift = LIFTS[config.lift]()
         self._moments = MOMENTS[config.moments]()
         self._base, self._targets = base, targets
         #: The energy at the last step that measured it; not part of the state.
@@ -111,7 +113,7 @@ class Projector:
         Args:
             due: Weights with a gradient, and their param groups.
         """
-        if self.agreement is None:
+        if self.agreement is None or self.lift.leaves_over:  # what is left over would be in memory for all of them
             return
         ones = [self._due_one(param, param.grad, group) for param, group in due if param.grad is not None]
         self.agreement.divide(ones)
@@ -148,8 +150,8 @@ class Projector:
         return self.schedule.due(self.state_of(param).step, self.record_of(param, group))
 
     def waits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the weight's next step wants the gradient of the whole window: for a basis, or for its energy."""
-        if self.due(param, group):
+        """Whether the weight's next step wants the whole window's gradient: for a basis, its energy, or the lift."""
+        if self.lift.needs_grad or self.due(param, group):
             return True
         step = self.state_of(param).step
         return self.schedule.needs_energy and self.schedule.measures(step, self.record_of(param, group))
@@ -163,10 +165,13 @@ class Projector:
                 f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
             )
         refresh, sharding = None, self.sharding_of(param)
-        if due and self.agreement is not None:
-            refresh = self.agreement.refresh(self._due_one(param, grad, group))
-        elif due:
-            refresh = self.refresher.refresh(grad, target, state, group)
+        more = self.lift.left_over(state.lift_entries) if self.lift.leaves_over else None
+        if due:
+            # Of one weight at a time.
+            seen = grad if more is None else grad + more
+            one = self._due_one(param, seen, group)
+            refresh = self.agreement.refresh(one) if self.agreement is not None else self.refresher.refresh(one)
+            del seen, one
         elif not state.has_bases:
             refresh = self.refresher.stand_in(grad, target, state)
         if refresh is not None and refresh.bases is not None and sharding is not None:
@@ -176,6 +181,8 @@ class Projector:
         projection = target.projection.with_rank(stored.rank)
         coordinates = Coordinates(projection, stored, sharding, dtype=grad.dtype)
         low = coordinates.project(grad)
+        if more is not None:
+            low += coordinates.project(more)
         decides = bool(refresh and refresh.found) or (
             self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))
         )
@@ -188,6 +195,7 @@ class Projector:
             coordinates=coordinates,
             refresh=refresh,
             energy=energy,
+            full=grad if self.lift.needs_grad else None,
             accumulator=self._accumulator(grad, target, state.step),
         )
 

@@ -17,6 +17,7 @@ from lightning_galore.bases import StoredBases
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.moments import Change, first_moment
 from lightning_galore.rank import RANK_RULES, StateBudget
+from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState
 from lightning_galore.subspace import SUBSPACES, Found, Known, Side, seeded_generator
 from lightning_galore.targets import Target
@@ -79,6 +80,25 @@ class RefreshEvent:
     spectrum: tuple[float, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """A weight whose basis is due, with what a refresh of it takes.
+
+    Args:
+        grad: Its gradient ``(m, n)``.
+        target: Its name and geometry, whose rank is the upper bound of an adaptive one.
+        state: Its state.
+        group: Its param group.
+        sharding: How weight and gradient are divided; None where each process holds them whole.
+    """
+
+    grad: Tensor
+    target: Target
+    state: WeightState
+    group: Mapping[str, Any]
+    sharding: Sharding | None = None
+
+
 class Refresher:
     """Finds new bases.
 
@@ -98,15 +118,9 @@ class Refresher:
         self._base, self._ranks = base, ranks
         self._chosen: dict[Target, int] = {}  # ranks of refreshes that wait for their step
 
-    def refresh(self, grad: Tensor, target: Target, state: WeightState, group: Mapping[str, Any]) -> Refresh:
-        """Find new bases; where the gradient gives none, keep the old ones, or begin with unit vectors.
-
-        Args:
-            grad: The weight's gradient ``(m, n)``.
-            target: Its name and geometry, whose rank is the upper bound of an adaptive one.
-            state: Its state.
-            group: Its param group.
-        """
+    def refresh(self, one: Due) -> Refresh:
+        """Find new bases; where the gradient gives none, keep the old ones, or begin with unit vectors."""
+        grad, target, state, group = one.grad, one.target, one.state, one.group
         begin = time.perf_counter()
         seed, refreshes = self.config.seed, state.num_refreshes
         generator = seeded_generator(grad.device, seed=seed, name=target.name, draw=refreshes)

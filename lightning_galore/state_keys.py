@@ -36,6 +36,7 @@ KEPT_BY = "galore_schedule"  # which schedule has noted the gap, the worth, ...
 DUE_AT = "galore_due_at"  # step of the next refresh where it is decided already
 WORTH = "galore_worth"  # what a fresh basis is worth, by the schedule's measure
 COSINES = "galore_cosines"  # of the last first vectors
+LIFT = "galore_lift_"  # before the name of what a lift keeps
 ENERGY = "galore_energy"  # captured by the last basis of the gradient that it was found from
 # What a schedule knows of a weight, field by field.
 RECORD = {
@@ -98,6 +99,15 @@ class WeightState:
     def own(self) -> Mapping[str, Any]:
         """The wrapped optimizer's own entries."""
         return {key: value for key, value in self._state.items() if not is_ours(key)}
+
+    @property
+    def lift_entries(self) -> dict[str, Tensor]:
+        """What the lift keeps, by its own names."""
+        return {key.removeprefix(LIFT): value for key, value in self._state.items() if key.startswith(LIFT)}
+
+    def keep_lift_entries(self, entries: Mapping[str, Tensor]) -> None:
+        """Write what the lift keeps."""
+        self._state.update({LIFT + name: value for name, value in entries.items()})
 
     @property
     def has_bases(self) -> bool:

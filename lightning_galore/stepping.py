@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_galore import base_rules, dtensors, state_keys
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.lift import LIFTS, Rounding
+from lightning_galore.lift import Rounding, Update
 from lightning_galore.low_grad import LowGrad, clip_
 from lightning_galore.projector import Projector
 from lightning_galore.proxies import Swap, calls_of, swapped_in
@@ -29,7 +29,6 @@ class Stepper:
 
     def __init__(self, base: Optimizer, config: GaLoreConfig, projector: Projector) -> None:
         self._base, self._config, self._projector = base, config, projector
-        self._lift = LIFTS[config.lift]()
         self._rounding = Rounding(stochastic=bool(config.stochastic_round), seed=config.seed)
 
     def swap(self, param: Tensor, group: dict[str, Any], low_grad: LowGrad, *, norm_sq: Tensor | None) -> Swap:
@@ -42,10 +41,13 @@ class Stepper:
             norm_sq: Squared norm of its gradient, where ``clip_weight_norm`` wants it.
         """
         if norm_sq is not None:
-            clip_(low_grad.grad, self._config.clip_weight_norm, norm_sq=norm_sq)
+            for grad in (low_grad.grad, low_grad.full):
+                clip_(grad, self._config.clip_weight_norm, norm_sq=norm_sq)
         penalty = self._penalty(group)
         if penalty:
             low_grad.grad.add_(low_grad.coordinates.project(param.detach()), alpha=penalty)
+            if low_grad.full is not None:
+                low_grad.full = low_grad.full.add(param.detach(), alpha=penalty)
         carried = self._projector.carried(param, low_grad, group)
         if low_grad.coordinates.gathers:  # not of all weights until they have stepped
             low_grad.coordinates.let_go()
@@ -106,15 +108,27 @@ class Stepper:
 
     def _write_low(self, swap: Swap, low_grad: LowGrad) -> None:
         group, projection = swap.group, low_grad.projection
-        step = self._projector.state_of(swap.param).step
+        state = self._projector.state_of(swap.param)
+        step = state.step
         self._projector.commit(swap.param, low_grad, group)
         scale = group.get("scale") or self._config.scale
         scale *= base_rules.lift_factor(group, projection.shape, projection.low_shape)
-        shrink, update = self._shrink(group, 1.0), low_grad.coordinates.spread(swap.proxy.detach())
+        coordinates, lift = low_grad.coordinates, self._projector.lift
         # Where processes hold parts of the weight, each lifts its own.
+        update = Update(
+            low_update=coordinates.spread(swap.proxy.detach()),
+            low_grad=coordinates.spread(low_grad.grad) if lift.needs_grad else low_grad.grad,
+            grad=None if low_grad.full is None else dtensors.local(low_grad.full),
+            lr=group["lr"],
+            ascends=bool(group.get("maximize")),
+            entries=state.lift_entries if lift.needs_grad else {},
+        )
         with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
-            self._lift.apply_(weight, update, projection, low_grad.coordinates.bases, scale=scale, shrink=shrink)
-        low_grad.coordinates.let_go()
+            lift.apply_(weight, update, projection, coordinates.bases, scale=scale, shrink=self._shrink(group, 1.0))
+        if update.entries:
+            self._projector.state_of(swap.param).keep_lift_entries(update.entries)
+        coordinates.let_go()
+        low_grad.full = None
 
     def _write_dense(self, swap: Swap, place: tuple[int, int]) -> None:
         state = self._base.state[swap.param]

@@ -207,7 +207,7 @@ def together(case: Case, rank: int) -> Run:
     sent, counted, norms = [], [], []
     refresher, found = optimizer._projector.refresher, []
     find = refresher.refresh
-    refresher.refresh = lambda *args: (found.append(args[1]), find(*args))[1]  # type: ignore[method-assign,func-returns-value]
+    refresher.refresh = lambda one: (found.append(one), find(one))[1]  # type: ignore[method-assign,func-returns-value]
     ranks: dict[str, list[int]] = {target.name: [] for target in optimizer.targets.values()}
     for step in range(case.steps):
         before = team.sent

@@ -1,57 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a low-rank update becomes a weight update, and how a weight takes it. Owns ``scale``; the basis is handed in."""
+"""How a weight that is kept in few bits takes a change."""
 
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_galore import storage
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.subspace import Projection, seeded_generator
-
-
-class Lift(ABC):
-    """Writes what the wrapped optimizer made of the low-rank gradient onto the weight."""
-
-    @abstractmethod
-    def apply_(
-        self,
-        weight: Tensor,  # (m, n)
-        low_update: Tensor,  # projection.low_shape
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
-        """Multiply ``weight`` by ``shrink`` and add the update, in place, in its own dtype, with one rounding."""
-
-
-class ProjectBack(Lift):
-    """``W += scale * P R`` (left), ``R Q^T`` (right), ``P R Q^T`` (full): arXiv 2403.03507, equation 11."""
-
-    @override
-    def apply_(
-        self,
-        weight: Tensor,
-        low_update: Tensor,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
-        projection.add_back_(weight, low_update, bases, alpha=scale, beta=shrink)
-
-
-LIFTS: dict[str, type[Lift]] = {"project_back": ProjectBack}
+from lightning_galore.subspace import seeded_generator
 
 
 def warn_of_idle_rounding(config: GaLoreConfig, params: Iterable[Tensor]) -> None:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every way from a low-rank update to a weight update must do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_galore.subspace import Projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What a step has come to in low rank, with what a lift may make more of.
+
+    Args:
+        low_update: What the wrapped optimizer added to the proxy, of ``projection.low_shape``: its direction, times
+            minus the learning rate.
+        low_grad: The gradient that it saw, of the same shape.
+        grad: The full gradient ``(m, n)``, with what error feedback adds; None unless the lift needs it.
+        lr: The learning rate of the weight's group.
+        ascends: Whether the group maximizes, so that the weight goes along the gradient.
+        entries: What the lift keeps for this weight from step to step, by name; it may change and add entries.
+    """
+
+    low_update: Tensor
+    low_grad: Tensor
+    grad: Tensor | None = None
+    lr: float | Tensor = 0.0
+    ascends: bool = False
+    entries: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Lift(ABC):
+    """Writes what the wrapped optimizer made of the low-rank gradient onto the weight.
+
+    A subclass may use the full gradient too, and keep tensors for each weight. Holds nothing itself.
+    """
+
+    #: Whether :attr:`Update.grad` is wanted. Then mode "project", which frees it at once, is refused.
+    needs_grad: ClassVar[bool] = False
+    #: Whether :meth:`left_over` ever gives something.
+    leaves_over: ClassVar[bool] = False
+
+    @abstractmethod
+    def apply_(
+        self,
+        weight: Tensor,  # (m, n)
+        update: Update,
+        projection: Projection,
+        bases: tuple[Tensor, ...],
+        *,
+        scale: float,
+        shrink: float = 1.0,
+    ) -> None:
+        """Multiply ``weight`` by ``shrink`` and add the update, in place, in its own dtype, with one rounding."""
+
+    def left_over(self, entries: Mapping[str, Tensor]) -> Tensor | None:
+        """What earlier steps have left of their gradients ``(m, n)``, to be added to the next; None for nothing."""
+        return None
+
+    def kept_shapes(self, projection: Projection) -> dict[str, tuple[int, ...]]:
+        """Shapes of the entries that it keeps for a weight; scalars are fp32, others have the weight's dtype."""
+        return {}
