@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 #: Multiplications from which oneDNN's kernel pays for its call (about 12 us): 256x256 at r = 8.
 _WORTH = 2**19
+#: Entries of a matrix up to which the order of the factors matters little, and another call does.
+_SMALL = 2**16
 #: Entries of the blocks in which a product is added to a matrix: 2 MiB, so that they stay in a cache.
 _BLOCK = 2**19
 
@@ -50,7 +52,7 @@ def product(
             return _onednn(matrix, block.mT)
         if matrix.mT.is_contiguous():
             return _onednn(block.mT, matrix).mT
-    if matrix.device.type != "cpu" and not matrix.mT.is_contiguous():
+    if matrix.is_contiguous() and (matrix.device.type != "cpu" or matrix.numel() < _SMALL):
         return matrix @ block
     # On a CPU up to 3 times as fast as matrix @ block for a narrow block, and no slower for a wide one.
     return (block.mT @ matrix.mT).mT

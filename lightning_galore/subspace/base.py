@@ -84,7 +84,7 @@ class Projection:
         elif self.side == "right":
             low = gemm.product(work, last)
         else:
-            low = first.mT @ gemm.product(work, last)
+            low = gemm.product(work.mT, first).mT @ last
         return low.to(matrix.dtype).contiguous()
 
     def add_back_(
