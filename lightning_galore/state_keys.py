@@ -52,7 +52,15 @@ RECORD = {
 
 def is_ours(key: str) -> bool:
     """Whether a key of a parameter's state belongs to the subspace, not to the wrapped optimizer."""
-    return isinstance(key, str) and key.startswith(PREFIX)
+    return isinstance(key, str) and key[: len(PREFIX)] == PREFIX
+
+
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A parameter's state in two: the wrapped optimizer's entries, and the subspace's."""
+    own, ours = {}, {}
+    for key, value in state.items():
+        (ours if is_ours(key) else own)[key] = value
+    return own, ours
 
 
 class WeightState:
@@ -97,7 +105,7 @@ class WeightState:
     @property
     def own(self) -> Mapping[str, Any]:
         """The wrapped optimizer's own entries."""
-        return {key: value for key, value in self._state.items() if not is_ours(key)}
+        return split(self._state)[0]
 
     @property
     def has_bases(self) -> bool:
