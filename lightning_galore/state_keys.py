@@ -57,7 +57,8 @@ def is_ours(key: str) -> bool:
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A parameter's state in two: the wrapped optimizer's entries, and the subspace's."""
-    own, ours = {}, {}
+    own: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
     for key, value in state.items():
         (ours if is_ours(key) else own)[key] = value
     return own, ours
