@@ -8,6 +8,7 @@ dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,9 +51,10 @@ RECORD = {
 }
 
 
+@functools.cache  # asked of every key of every weight at every step, and there are few keys
 def is_ours(key: str) -> bool:
     """Whether a key of a parameter's state belongs to the subspace, not to the wrapped optimizer."""
-    return isinstance(key, str) and key[: len(PREFIX)] == PREFIX
+    return isinstance(key, str) and key.startswith(PREFIX)
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_galore import gemm
-from tests.modes.tracker import LiveBytes
+from tests.modes.tracker import LiveBytes, Operators
 
 # On either side of every bound in gemm.py: blocks of rows, with a rest, and less than one.
-SHAPES = [(9, 7), (300, 257), (700, 1024), (1500, 1400)]
+SHAPES = [(9, 7), (300, 257), (700, 1024)]
 RANKS = [1, 5, 40]
 needs_onednn = pytest.mark.skipif(not gemm._has_onednn(), reason="no oneDNN product on this processor")
 
@@ -87,24 +85,10 @@ def test_no_temporary_is_of_the_matrix_size(shape: tuple[int, int], rank: int) -
     assert tracker.largest < matrix.nbytes / 2
 
 
-class Called(TorchDispatchMode):
-    """Notes the names of the operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def uses_onednn(matrix: Tensor, block: Tensor) -> bool:
-    with Called() as called:
+    with Operators() as seen:
         gemm.product(matrix, block)
-    return any("linear_pointwise" in name for name in called.names)
+    return any("linear_pointwise" in name for name in seen.names)
 
 
 @needs_onednn
@@ -117,6 +101,24 @@ def test_onednn_takes_what_is_large_enough(library: None) -> None:
     assert not uses_onednn(large[:32], block)
     assert not uses_onednn(large, block[:, :1])
     assert not uses_onednn(large[:, ::2], block[:384])
+
+
+def lifts_with_onednn(*shape: int, rank: int, beta: float) -> bool:
+    matrix, left, right = torch.zeros(shape), random(shape[0], rank), random(shape[1], rank)
+    with Operators() as seen:
+        gemm.add_product_(matrix, left, right, alpha=1.0, beta=beta)
+    return any("linear_pointwise" in name for name in seen.names)
+
+
+@needs_onednn
+def test_the_lift_goes_where_it_is_faster() -> None:
+    enabled = torch.backends.mkldnn.enabled
+    assert lifts_with_onednn(512, 768, rank=8, beta=0.9) is enabled
+    assert lifts_with_onednn(512, 768, rank=32, beta=1.0) is enabled
+    assert lifts_with_onednn(2048, 1024, rank=4, beta=1.0) is enabled
+    assert not lifts_with_onednn(512, 768, rank=8, beta=1.0)
+    assert not lifts_with_onednn(2048, 1024, rank=16, beta=1.0)
+    assert not lifts_with_onednn(64, 64, rank=8, beta=0.9)
 
 
 @needs_onednn
