@@ -7,8 +7,11 @@ from importlib import import_module
 from types import ModuleType
 
 GALORE_TORCH, BITSANDBYTES = "galore-torch", "bitsandbytes"
+APOLLO_TORCH, Q_GALORE_TORCH = "apollo-torch", "q-galore-torch"
 _INSTALL = {
     GALORE_TORCH: ("galore_torch", "pip install galore-torch==1.0"),
+    APOLLO_TORCH: ("apollo_torch", "pip install --no-deps apollo-torch==1.0.3"),
+    Q_GALORE_TORCH: ("q_galore_torch", "pip install --no-deps q-galore-torch==1.0"),
     BITSANDBYTES: ("bitsandbytes", "pip install lightning-galore[bnb]"),
 }
 

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 _WORTH = 2**19
 #: Entries of a matrix up to which the order of the factors matters little, and another call does.
 _SMALL = 2**16
-#: Entries of the blocks in which a product is added to a matrix: 1 MiB. Small enough for a cache and for the C library to
-#: keep: blocks of 2 MiB were handed back to the system and cleared anew each time, which took a third of the step.
+#: Entries of the blocks in which a product is added to a matrix: 1 MiB. Small enough for a cache and for the C library
+#: to keep: blocks of 2 MiB were handed back to the system and cleared anew each time, which took a third of the step.
 _BLOCK = 2**18
 
 
