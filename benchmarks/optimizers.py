@@ -7,7 +7,6 @@ Each has weights of its own; the gradients are shared, for none of them writes i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -89,8 +88,8 @@ def runnable(device: torch.device) -> tuple[list[str], list[str]]:
         weight.grad = torch.ones_like(weight)
         try:
             make(name, [weight], rank=2, gap=10).step()
-        except ModuleNotFoundError:
-            notes += peers.missing(name) or [f"{name} needs a package that is not installed, so its rows are left out"]
+        except ModuleNotFoundError as error:
+            notes += peers.missing(name) or [f"{name} needs {error.name}, so its rows are left out"]
         except Exception as error:  # a peer's own fault, of any kind
             notes.append(f"{name} does not run here, so its rows are left out: {type(error).__name__}: {error}")
         else:
@@ -114,20 +113,20 @@ def _ours(groups: list[dict[str, Any]], *, stagger: bool = False) -> Optimizer:
 
 
 def _galore_torch(groups: list[dict[str, Any]]) -> Optimizer:
-    package = import_module("galore_torch")
+    package = peers.required(peers.GALORE_TORCH)
     made: Optimizer = package.GaLoreAdamW(_with(groups, proj_type="std"), lr=LR, no_deprecation_warning=True)
     return made
 
 
 def _apollo_torch(groups: list[dict[str, Any]]) -> Optimizer:
-    package = import_module("apollo_torch")
+    package = peers.required(peers.APOLLO_TORCH)
     groups = _with(groups, proj="random", scale_type="channel", proj_type="std", scale=1.0)
     made: Optimizer = package.APOLLOAdamW(groups, lr=LR, no_deprecation_warning=True)
     return made
 
 
 def _q_galore_torch(groups: list[dict[str, Any]]) -> Optimizer:
-    package = import_module("q_galore_torch")
+    package = peers.required(peers.Q_GALORE_TORCH)
     groups = _with(
         groups, proj_type="std", quant=True, quant_n_bit=4, quant_group_size=256, cos_threshold=0.4, gamma_proj=2,
         queue_size=5,

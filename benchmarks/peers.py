@@ -29,6 +29,18 @@ def galore_torch() -> ModuleType | None:
     return peer(GALORE_TORCH, "galore_torch")
 
 
+def required(name: str) -> ModuleType:
+    """The module of the peer ``name``.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed.
+    """
+    module = peer(name, _INSTALL[name][0])
+    if module is None:
+        raise ModuleNotFoundError(f"{name} is not installed: {_INSTALL[name][1]}", name=_INSTALL[name][0])
+    return module
+
+
 def missing(*names: str) -> list[str]:
     """A line for each of the packages that is left out; of galore-torch, unless others are named."""
     return [
