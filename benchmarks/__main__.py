@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import quantized, refresh, stagger, steps
+from benchmarks import quantized, refresh, stagger, steps, training
 from benchmarks.options import run
 
-MEASURES = (refresh.measure, steps.measure, stagger.measure, quantized.measure)
+MEASURES = (refresh.measure, steps.measure, training.measure, stagger.measure, quantized.measure)
 
 if __name__ == "__main__":
     sys.exit(run(MEASURES, prog="python -m benchmarks"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _ROOT = Path(__file__).parent.parent
-_PACKAGES = ("torch", "lightning", "lightning-galore", "galore-torch")
+_PACKAGES = ("torch", "lightning", "lightning-galore", "galore-torch", "apollo-torch", "q-galore-torch", "transformers")
 
 
 def describe(device: torch.device, *, threads: int) -> dict[str, Any]:

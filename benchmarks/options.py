@@ -27,6 +27,7 @@ class Options:
         quick: Small shapes and few rounds: shows that everything runs, and gives no figure to quote.
         threads: Threads of torch. One gives CPU time, which other processes disturb least; more give wall time.
         device: Where to measure.
+        large: Also the weights of LLaMA-1B; on a GPU they are always there.
         out: Folder of the results.
         gradients: A file of real gradients, ``torch.save`` of a dictionary from name to tensor, on which the finders'
             captured energy is measured too.
@@ -35,6 +36,7 @@ class Options:
     quick: bool = False
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    large: bool = False
     out: Path = results.FOLDER
     gradients: Path | None = None
 
@@ -76,8 +78,9 @@ def run(measures: Sequence[Measure], *, prog: str, args: Sequence[str] | None = 
         0, or 1 when a promise was not kept.
     """
     parser = ArgumentParser(prog=prog, description="Measure this package and its peers side by side.")
-    parser.add_class_arguments(Options, skip={"quick"})
+    parser.add_class_arguments(Options, skip={"quick", "large"})
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute, no figure to quote")
+    parser.add_argument("--large", action="store_true", help="also the weights of LLaMA-1B")
     chosen = parser.parse_args(args)
     try:
         options = Options(**chosen.as_dict())

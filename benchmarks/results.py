@@ -147,6 +147,11 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
 
 
+def megabytes(count: float) -> str:
+    """Bytes for a table, in MB of a million: ``12.3``."""
+    return f"{count / 1e6:,.1f}"
+
+
 def ratio(spread: Spread, *, digits: int = 1) -> str:
     """A paired ratio for a table: ``12.3 [11.0-13.1]``, the median and the 10th and 90th percentile."""
     return f"{spread.median:.{digits}f} [{spread.p10:.{digits}f}-{spread.p90:.{digits}f}]"

@@ -50,6 +50,18 @@ def llama_60m(*, rank: int) -> WeightSet:
     return WeightSet(name=f"LLaMA-60M, 56 matrices, r={rank}", shapes=layer * 8, rank=rank)
 
 
+def llama_130m(*, layers: int, rank: int) -> WeightSet:
+    """The linear weights of ``layers`` of the 12 layers of LLaMA-130M (h = 768, mlp 2048), as in the GaLore paper."""
+    layer = ((768, 768),) * 4 + ((2048, 768),) * 2 + ((768, 2048),)
+    return WeightSet(name=f"LLaMA-130M, {layers} of 12 layers, r={rank}", shapes=layer * layers, rank=rank)
+
+
+def llama_1b(*, layers: int, rank: int) -> WeightSet:
+    """The linear weights of ``layers`` of the 24 layers of LLaMA-1B (h = 2048, mlp 5461), as in the GaLore paper."""
+    layer = ((2048, 2048),) * 4 + ((5461, 2048),) * 2 + ((2048, 5461),)
+    return WeightSet(name=f"LLaMA-1B, {layers} of 24 layers, r={rank}", shapes=layer * layers, rank=rank)
+
+
 def gradients(weights: WeightSet, *, device: torch.device) -> list[Tensor]:
     """A gradient for each matrix: singular values ``i^-DECAY`` with random singular vectors, plus white noise.
 

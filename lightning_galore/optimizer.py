@@ -263,9 +263,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             low_grad: Its projected gradient; None to step on ``param.grad`` as ``base`` does.
         """
         if low_grad is None:
-            self._stepper.step([], {param: self._places[param]})
+            self._stepper.step([], {param: self._places[param]}, few=True)
         else:
-            self._stepper.step([self._swap(param, self._group_of(param), low_grad)], {})
+            self._stepper.step([self._swap(param, self._group_of(param), low_grad)], {}, few=True)
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         return self.param_groups[self._places[param][0]]

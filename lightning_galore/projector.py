@@ -209,7 +209,8 @@ class Projector:
 
     def carried(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The wrapped optimizer's own state of a weight in its new coordinates; None where they have not changed."""
-        refresh, own, sharding = low_grad.refresh, self.state_of(param).own, self.sharding_of(param)
+        refresh, sharding = low_grad.refresh, self.sharding_of(param)
+        own = self.state_of(param).own if refresh is not None else None
         if refresh is None or not own:
             return None
         if refresh.change is not None:

@@ -46,37 +46,35 @@ class Shown:
 
     Args:
         swaps: The parameters that are stepped on a proxy.
-        dense: The parameters that are stepped as they are.
+        dense: The parameters that are stepped as they are, each with its param group.
         skipped: Projected weights that sit this step out.
-        overrides: Settings of all groups for this call only.
+        overrides: Settings of the groups for this call only.
+        few: Whether these are a few among many: then nothing else is looked at, where ``base`` allows that.
     """
 
     swaps: Sequence[Swap] = ()
-    dense: Collection[Tensor] = ()
+    dense: Mapping[Tensor, dict[str, Any]] = field(default_factory=dict)
     skipped: Collection[Tensor] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    few: bool = False
 
 
-def calls_of(
-    base: Optimizer, swaps: Sequence[Swap], dense: Collection[Tensor], skipped: Collection[Tensor]
-) -> Iterator[Shown]:
+def calls_of(base: Optimizer, shown: Shown) -> Iterator[Shown]:
     """The calls of ``base.step`` that a step takes: one for all, but one a weight where it is relative to the weight.
 
     Args:
         base: The wrapped optimizer.
-        swaps: The parameters with a proxy.
-        dense: The parameters that are stepped as they are.
-        skipped: Projected weights that sit this step out.
+        shown: All that is stepped.
     """
     if not base_rules.reads_rms(base):
-        yield Shown(swaps=swaps, dense=dense, skipped=skipped)
+        yield shown
         return
-    for swap in swaps:
+    for swap in shown.swaps:
         # Adafactor steps by max(eps2, RMS(W)) and a zero proxy has RMS 0: so let eps2 be what the weight gives.
         eps1, eps2 = swap.group["eps"]
         rms = float(linalg.norm(swap.param)) / swap.param.numel() ** 0.5
-        yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))})
-    yield Shown(dense=dense)
+        yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))}, few=True)
+    yield Shown(dense=shown.dense, few=shown.few)
 
 
 @contextmanager
@@ -89,50 +87,81 @@ def swapped_in(base: Optimizer, shown: Shown, *, dense_lr_factor: float) -> Iter
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
     """
     groups = base.param_groups
-    saved = [dict(group) for group in groups]
-    kept = {swap.param: base.state.pop(swap.param, {}) for swap in shown.swaps}
+    few = shown.few and _ignores_places(base)
+    changed = _groups_of(shown) if few else groups
+    saved = [dict(group) for group in changed]
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []  # base's entries of a weight's state, and ours
     hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
     stepped = False
     for swap in shown.swaps:
         # An optimizer takes an empty state for the sign of a first step, so only its own keys may be there.
-        own = {key: value for key, value in kept[swap.param].items() if not state_keys.is_ours(key)}
+        own, ours = state_keys.split(base.state.pop(swap.param, {}))
+        kept.append((own, ours))
         own = own if swap.carried is None else dict(swap.carried)
         if own:
             base.state[swap.proxy] = own
     try:
         # The user's step hooks run once around the whole step, on real parameters: through the wrapper.
         base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-        base.param_groups = groups + _put_proxies(groups, shown, dense_lr_factor)
+        base.param_groups = changed + _put_proxies(changed, shown, dense_lr_factor, few=few)
         yield
         stepped = True
     finally:
         base.param_groups = groups
         base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = hooks
-        for group, before in zip(groups, saved, strict=True):
+        for group, before in zip(changed, saved, strict=True):
             group.update({key: before[key] for key in ("params", *shown.overrides)})
-        for swap in shown.swaps:
-            before, after = kept[swap.param], base.state.pop(swap.proxy, {})
+        for swap, (own, ours) in zip(shown.swaps, kept, strict=True):
+            after = base.state.pop(swap.proxy, {})
             if not stepped and swap.carried is not None:
-                after = before  # the basis stays the old one, so its coordinates must
-            ours = {key: value for key, value in before.items() if state_keys.is_ours(key)}
+                after = own  # the basis stays the old one, so its coordinates must
             base.state[swap.param] = {**after, **ours}
 
 
-def _put_proxies(groups: Sequence[dict[str, Any]], shown: Shown, dense_lr_factor: float) -> list[dict[str, Any]]:
-    """Write proxies into the groups; return extra groups of dense weights when their learning rate is another one."""
+def _ignores_places(base: Optimizer) -> bool:
+    """Whether ``base`` steps a parameter alike wherever it stands, and whatever stands beside it.
+
+    bitsandbytes finds settings that were overridden by the parameter's position. What nobody knows may do so too.
+    """
+    known = type(base).__module__.split(".")[0] in ("torch", "torchao", "bitsandbytes")
+    manager = getattr(base, "mng", None)
+    return known and (manager is None or bool(base.initialized and not manager.index2config))  # type: ignore[attr-defined]
+
+
+def _groups_of(shown: Shown) -> list[dict[str, Any]]:
+    groups = [swap.group for swap in shown.swaps] + list(shown.dense.values())
+    return list({id(group): group for group in groups}.values())
+
+
+def _put_proxies(
+    groups: Sequence[dict[str, Any]], shown: Shown, dense_lr_factor: float, *, few: bool
+) -> list[dict[str, Any]]:
+    """Write proxies into the groups; return extra groups of dense weights when their learning rate is another one.
+
+    Args:
+        groups: To be written into.
+        shown: What they shall show.
+        dense_lr_factor: Factor on the learning rate of the weights that are not projected.
+        few: Take the parameters from ``shown``, instead of looking for them in the groups.
+    """
     proxies: dict[Tensor, Tensor] = {swap.param: swap.proxy for swap in shown.swaps}
     # Any optimizer skips what has no gradient.
     proxies.update((param, nn.Parameter(param.new_empty(0))) for param in shown.skipped)
-    dense = set(shown.dense)
+    owners = [(swap.param, swap.group) for swap in shown.swaps] + list(shown.dense.items())
     apart = []
     for group in groups:
-        params = group["params"]
-        # What has no gradient is skipped by any optimizer: it stays, because bitsandbytes finds settings by position.
-        idle = {param for param in params if param.grad is None}
-        plain = [param for param in params if param in dense]
+        visible: list[Tensor] = []
+        plain: list[Tensor] = []
+        for param in [param for param, owner in owners if owner is group] if few else group["params"]:
+            proxy = proxies.get(param)
+            if proxy is not None:
+                visible.append(proxy)
+            elif param.grad is None:
+                # Skipped by any optimizer: it stays, so that what follows keeps its position.
+                visible.append(param)
+            elif param in shown.dense:
+                (plain if dense_lr_factor != 1.0 else visible).append(param)
         if dense_lr_factor != 1.0:
             apart.append({**group, "params": plain, "lr": group["lr"] * dense_lr_factor})
-            plain = []
-        visible = idle.union(proxies, plain)
-        group.update(shown.overrides, params=[proxies.get(param, param) for param in params if param in visible])
+        group.update(shown.overrides, params=visible)
     return apart

@@ -8,6 +8,7 @@ dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,19 @@ RECORD = {
 }
 
 
+@functools.cache  # asked of every key of every weight at every step, and there are few keys
 def is_ours(key: str) -> bool:
     """Whether a key of a parameter's state belongs to the subspace, not to the wrapped optimizer."""
     return isinstance(key, str) and key.startswith(PREFIX)
+
+
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A parameter's state in two: the wrapped optimizer's entries, and the subspace's."""
+    own: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
+    for key, value in state.items():
+        (ours if is_ours(key) else own)[key] = value
+    return own, ours
 
 
 class WeightState:
@@ -98,7 +109,7 @@ class WeightState:
     @property
     def own(self) -> Mapping[str, Any]:
         """The wrapped optimizer's own entries."""
-        return {key: value for key, value in self._state.items() if not is_ours(key)}
+        return split(self._state)[0]
 
     @property
     def lift_entries(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import Rounding, Update
 from lightning_galore.low_grad import LowGrad, clip_
 from lightning_galore.projector import Projector
-from lightning_galore.proxies import Swap, calls_of, swapped_in
+from lightning_galore.proxies import Shown, Swap, calls_of, swapped_in
 
 
 class Stepper:
@@ -53,12 +53,15 @@ class Stepper:
             low_grad.coordinates.let_go()
         return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
 
-    def step(self, swaps: list[Swap], dense: Mapping[Tensor, tuple[int, int]], **kwargs: Any) -> Any:
+    def step(
+        self, swaps: list[Swap], dense: Mapping[Tensor, tuple[int, int]], *, few: bool = False, **kwargs: Any
+    ) -> Any:
         """Step ``base`` on the proxies of ``swaps`` and on the ``dense`` parameters, and write onto the weights.
 
         Args:
             swaps: The projected weights.
             dense: The other parameters, each with its group and its position there.
+            few: Whether these are a few among many: then nothing else is looked at.
             **kwargs: Handed to ``base.step``.
         """
         for param in dense:
@@ -66,9 +69,11 @@ class Stepper:
         rounded = {p: place for p, place in dense.items() if p.grad is not None and self._rounding.concerns(p)}
         output = None
         moving, skipped = [s for s in swaps if not s.skips], [s for s in swaps if s.skips]
-        moving += [self._dense_swap(param, self._base.param_groups[group]) for param, (group, _) in rounded.items()]
-        plain = [param for param in dense if param not in rounded]
-        for shown in calls_of(self._base, moving, plain, [swap.param for swap in skipped]):
+        groups = self._base.param_groups
+        moving += [self._dense_swap(param, groups[group]) for param, (group, _) in rounded.items()]
+        plain = {param: groups[group] for param, (group, _) in dense.items() if param not in rounded}
+        whole = Shown(swaps=moving, dense=plain, skipped=[swap.param for swap in skipped], few=few)
+        for shown in calls_of(self._base, whole):
             with swapped_in(self._base, shown, dense_lr_factor=self._config.dense_lr_factor):
                 output = self._base.step(closure=None, **kwargs)
             for swap in shown.swaps:

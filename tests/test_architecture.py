@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"base_rules", "named_optimizers"}),
     frozenset({"storage"}),
     frozenset({"distributed", "linalg"}),
-    frozenset({"dtensors"}),
+    frozenset({"dtensors", "gemm"}),
 )
 ANYONE = frozenset({"config"})  # a leaf: may be read from everywhere and imports no other room
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms} | dict.fromkeys(ANYONE, 99)

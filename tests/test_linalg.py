@@ -195,12 +195,6 @@ def test_power_iteration_of_nothing_gives_none(value: float) -> None:
     assert linalg.power_iteration(lambda x: matrix @ x, lambda x: matrix.mT @ x, torch.ones(6, 2), careful=True) is None
 
 
-def test_product_is_the_matrix_product() -> None:
-    matrix, block = decaying_matrix(9, 7), decaying_matrix(7, 3)
-    for factors in ((matrix, block), (matrix.mT.contiguous().mT, block.mT.contiguous().mT)):
-        torch.testing.assert_close(linalg.product(*factors), matrix @ block)
-
-
 def test_align_signs_follows_the_old_vectors() -> None:
     old = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]])
     basis = torch.tensor([[-0.9, 0.1, 0.0], [0.1, -0.9, 0.0], [0.0, 0.0, -1.0]])

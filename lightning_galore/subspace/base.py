@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_galore import linalg
+from lightning_galore import gemm, linalg
 from lightning_galore.config import GaLoreConfig, ProjType
 
 Side = Literal["left", "right", "full"]
@@ -80,12 +80,12 @@ class Projection:
         work = matrix.to(torch.promote_types(matrix.dtype, bases[0].dtype))
         first, last = bases[0].to(work.dtype), bases[-1].to(work.dtype)
         if self.side == "left":
-            low = first.mT @ work
+            low = gemm.product(work.mT, first).mT
         elif self.side == "right":
-            low = work @ last
+            low = gemm.product(work, last)
         else:
-            low = first.mT @ work @ last
-        return low.to(matrix.dtype)
+            low = gemm.product(work.mT, first).mT @ last
+        return low.to(matrix.dtype).contiguous()
 
     def add_back_(
         self,
@@ -98,17 +98,17 @@ class Projection:
     ) -> None:
         """``weight`` becomes ``beta`` times itself and ``alpha`` times the projected-back update, rounded once.
 
-        In one GEMM and without a full-size temporary, but where the basis is kept in a wider dtype than the weight.
+        Without a full-size temporary, but where the basis is kept in a wider dtype than the weight.
         """
         dtype = torch.promote_types(weight.dtype, bases[0].dtype)
         first, last, low = bases[0].to(dtype), bases[-1].to(dtype), low_update.to(dtype)
         if self.side == "full":
             low = first @ low
-        factors = (first, low) if self.side == "left" else (low, last.mT)
+        left, right = (first, low.mT) if self.side == "left" else (low, last)
         if dtype == weight.dtype:
-            weight.addmm_(*factors, alpha=alpha, beta=beta)
+            gemm.add_product_(weight, left, right, alpha=alpha, beta=beta)
         else:
-            weight.copy_((factors[0] @ factors[1]).mul_(alpha).add_(weight, alpha=beta))
+            weight.copy_((left @ right.mT).mul_(alpha).add_(weight, alpha=beta))
 
 
 @dataclass(frozen=True, kw_only=True)

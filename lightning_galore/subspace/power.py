@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_galore import linalg
+from lightning_galore import gemm, linalg
 from lightning_galore.subspace.base import Found, Known, Projection, Subspace
 from lightning_galore.subspace.randomized import WIDE_RANK, Randomized
 
@@ -50,7 +50,7 @@ def _iterate(
     if rank >= WIDE_RANK:
         start = continued(old, rank, like=matrix, generator=generator)
         return linalg.power_iteration(
-            partial(linalg.product, matrix), partial(linalg.product, matrix.mT), start, careful=True
+            partial(gemm.product, matrix), partial(gemm.product, matrix.mT), start, careful=True
         )
     width = min(rank + FRESH_COLUMNS, *matrix.shape)
     start = continued(old[:, :rank], width, like=matrix, generator=generator)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from lightning_galore import linalg
+from lightning_galore import gemm, linalg
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.subspace.base import Found, Known, Projection, Subspace
 from lightning_galore.subspace.power import continued
@@ -105,5 +105,5 @@ class _Blend:
         block: Tensor,  # (n, k)
     ) -> Tensor:
         """``B block``, ``(m, k)``."""
-        fresh = linalg.product(self.grad, block)
+        fresh = gemm.product(self.grad, block)
         return torch.addmm(fresh, self.left, self.right.mT @ block, beta=1 - self.rho, alpha=self.rho)

@@ -105,7 +105,7 @@ def test_a_bound_from_above() -> None:
 def test_everything_runs_on_small_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(MEASURES, prog="python -m benchmarks", args=["--quick", "--out", str(tmp_path)]) == 0
     files = {path.name[11:]: path for path in tmp_path.iterdir()}
-    names = [f"{name}-quick" for name in ("refresh", "steps", "stagger", "quantized")]
+    names = [f"{name}-quick" for name in ("refresh", "steps", "training", "stagger", "quantized")]
     assert sorted(files) == sorted(f"{name}.{kind}" for name in names for kind in ("json", "png"))
     held = {name: json.loads(files[f"{name}.json"].read_text()) for name in names}
     assert all("1 thread" in report["settings"]["clock"] for report in held.values())

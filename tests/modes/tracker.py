@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that operations allocate and still hold, and their peak: a memory tracker that works on a CPU."""
+"""What operations do: bytes that they allocate and still hold, their names, their multiplications. Also on a CPU."""
 
 from __future__ import annotations
 
@@ -62,3 +62,35 @@ class LiveBytes(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.current -= self._known.pop(key)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that run inside, and the multiplications of their matrix products.
+
+    Example:
+        >>> with Operators() as seen:
+        ...     _ = torch.zeros(2, 3) @ torch.zeros(3, 4)
+        >>> seen.multiplications
+        24
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.multiplications = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = str(func)
+        self.names.append(name)
+        if name.startswith(("aten.mm.", "mkldnn._linear_pointwise.")):
+            # (a, k) times (k, b), or (b, k) for the latter.
+            self.multiplications += args[0].numel() * args[1].numel() // args[0].shape[1]
+        elif name.startswith(("aten.addmm.", "aten.addmm_.")):
+            self.multiplications += args[1].numel() * args[2].shape[1]
+        return func(*args, **(kwargs or {}))
