@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_galore.coordinates import Coordinates
 from lightning_galore.distributed import OrderedAverage, Team
 from lightning_galore.grad_norms import GradNorms
 from lightning_galore.linalg import without_autocast
@@ -38,6 +39,15 @@ class Consumer(Protocol):
 
     def prepare(self, param: Tensor, *, due: bool) -> LowGrad:
         """Project ``param.grad``, with a new basis if one is due."""
+
+    def is_fused(self, param: Tensor) -> bool:
+        """Whether the weight's next step wants only the low-rank coordinates of its gradient, of bases that it has."""
+
+    def coordinates(self, param: Tensor) -> Coordinates:
+        """What the weight is projected with."""
+
+    def prepare_low(self, param: Tensor, low: Tensor) -> LowGrad:
+        """A low-rank gradient whose full one nobody has seen."""
 
     def move(self, param: Tensor, low_grad: LowGrad | None) -> None:
         """Update one parameter now: from its low-rank gradient, or from ``param.grad`` if it is not projected."""
@@ -63,6 +73,7 @@ class GradientHooks:
         self.held = False
         self._warned = False
         self._due: dict[Tensor, bool] = {}
+        self._fused: dict[Tensor, bool] = {}
         self._moved: dict[Tensor, None] = {}  # an ordered set, so that sums over it repeat
         self.norms = GradNorms()
         self._handles: dict[Tensor, RemovableHandle] = {}
@@ -117,6 +128,7 @@ class GradientHooks:
             self._average.drop()
         self._average, self._settled = None, False
         self._due.clear()
+        self._fused.clear()
         self._moved.clear()
         self.norms.clear()
 
@@ -146,16 +158,7 @@ class GradientHooks:
                 f"A parameter of shape {tuple(param.shape)} has a sparse gradient, which is not averaged over several "
                 'devices here: make it dense (nn.Embedding(sparse=False)), or use mode="step".'
             )
-        if param in self._moved or (self._average is not None and self._average.has(param)):
-            consumed, other = "sent to the other processes", "step"
-            if self.layerwise:
-                consumed, other = 'updated in this step (mode="layerwise")', "project"
-            raise RuntimeError(
-                f"A parameter of shape {tuple(param.shape)} got a second gradient after it was {consumed}. Reentrant "
-                "activation checkpointing and a second backward before step() do that: use "
-                "checkpoint(use_reentrant=False), mark all but the last backward of a step with accumulate(), or use "
-                f'mode="{other}".'
-            )
+        self._check_first(param)
         target, moves = consumer.is_target(param), self.layerwise and self.armed
         travels = self.team is not None and self.armed and (moves or self.streams)
         if target and not moves and self.clip_value is not None:
@@ -179,6 +182,56 @@ class GradientHooks:
             self._move(param, low_grad, consumer)
         elif low_grad is not None:
             low_grad.wait()
+
+    # -- low-rank gradients that layers make themselves ----------------------------------------------------------------
+
+    def fuses(self, param: Tensor) -> bool:
+        """Whether a layer shall make the low-rank gradient itself in this window; asked by its forward pass."""
+        consumer = self._consumer()
+        if param not in self._fused:
+            self._fused[param] = consumer is not None and not self._removed and consumer.is_fused(param)
+        return self._fused[param]
+
+    def coordinates(self, param: Tensor) -> Coordinates:
+        """What the weight is projected with in this window."""
+        consumer = self._consumer()
+        assert consumer is not None
+        return consumer.coordinates(param)
+
+    @torch.no_grad()
+    def on_low_grad(self, param: Tensor, low: Tensor) -> None:
+        """Take a low-rank gradient, complete for this backward, in place of the full one."""
+        consumer = self._consumer()
+        if consumer is None or self._removed:
+            return
+        self._check_first(param)
+        with without_autocast(param.device):
+            waits = self.waiting.get(param)
+            low_grad = consumer.prepare_low(param, low) if waits is None else waits
+            if waits is not None:
+                waits.add_low_(low)
+            self.waiting[param] = low_grad
+            moves = self.layerwise and self.armed
+            self.norms.settle(param, None, exact=False)
+            if self.team is not None and self.armed and (moves or self.streams):
+                self._averages().put(param, low_grad.grad)
+            elif moves:
+                self._move(param, low_grad, consumer)
+            else:
+                low_grad.wait()
+
+    def _check_first(self, param: Tensor) -> None:
+        """Refuse a gradient of what has been moved or sent in this window."""
+        if param in self._moved or (self._average is not None and self._average.has(param)):
+            consumed, other = "sent to the other processes", "step"
+            if self.layerwise:
+                consumed, other = 'updated in this step (mode="layerwise")', "project"
+            raise RuntimeError(
+                f"A parameter of shape {tuple(param.shape)} got a second gradient after it was {consumed}. Reentrant "
+                "activation checkpointing and a second backward before step() do that: use "
+                "checkpoint(use_reentrant=False), mark all but the last backward of a step with accumulate(), or use "
+                f'mode="{other}". (With fused_backward=True so does a weight that is used outside its nn.Linear too.)'
+            )
 
     def _keeps_full(self, param: Tensor, consumer: Consumer) -> bool:
         """Whether a refresh, or a look at the gradient's energy, must wait for the window's last backward."""

@@ -136,7 +136,10 @@ class LowGrad:
 
     def add_(self, grad: Tensor) -> None:
         """Accumulate one more full gradient ``(m, n)``: exact, because projecting is linear and the bases stay."""
-        more = self.coordinates.project(grad)
+        self.add_low_(self.coordinates.project(grad))
+
+    def add_low_(self, more: Tensor) -> None:
+        """Accumulate one more low-rank gradient, of the same bases."""
         if self._accumulator is not None and self._accumulator.is_full:
             self._accumulator.add(dtensors.local(more))
         else:

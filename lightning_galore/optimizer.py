@@ -16,7 +16,9 @@ from typing_extensions import override
 from lightning_galore import base_probe, base_rules, dtensors, linalg, sharded_state, state_keys, weights
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.coordinates import Coordinates
 from lightning_galore.distributed import Team
+from lightning_galore.fused import FusedLinears
 from lightning_galore.lift import check_lift, warn_of_idle_rounding
 from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
@@ -93,6 +95,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._stepper = Stepper(base, config, self._projector)
         self._places: dict[Tensor, tuple[int, int]] = {}  # group, and position in it
         self.hooks = GradientHooks(self, layerwise=config.mode == "layerwise")
+        self.fused = FusedLinears(self.hooks)
         self._join_shards()
         self._know_params()
         self._projector.arrange(self.param_groups)
@@ -179,6 +182,26 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         )
         if self.config.mode != "step":
             self.hooks.install(list(self._places))
+            self._fuse()
+
+    def attach(self) -> None:
+        """Put hooks on the parameters again, after :meth:`detach`."""
+        self.hooks.attach([param for group in self.param_groups for param in group["params"]])
+        self._fuse()
+
+    def detach(self) -> None:
+        """Take all hooks off parameters and layers, and forget what waits."""
+        self.hooks.remove()
+        self.fused.remove()
+
+    def _fuse(self) -> None:
+        model = self._model() if self._model is not None else None
+        if not self.config.fused_backward or model is None:
+            return
+        if self._projector.lift.needs_grad or self.hooks.norms.shards is not None:
+            reason = "sharded weights (FSDP2)" if self.hooks.norms.shards is not None else f"lift={self.config.lift!r}"
+            raise ValueError(f"fused_backward=True with {reason}: full gradients are needed. Set fused_backward=False.")
+        self.fused.install(model, self.targets)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -253,6 +276,18 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
     def prepare(self, param: Tensor, *, due: bool) -> LowGrad:
         """Project ``param.grad``, with a new basis if one is due. Nothing is changed until :meth:`step` commits it."""
         return self._projector.prepare(param, self._group_of(param), due=due)
+
+    def is_fused(self, param: Tensor) -> bool:
+        """Whether the weight's next step wants only the low-rank coordinates of its gradient, of bases that it has."""
+        return self._projector.is_fused(param, self._group_of(param))
+
+    def coordinates(self, param: Tensor) -> Coordinates:
+        """What a projected weight is projected with until its next refresh."""
+        return self._projector.coordinates(param)
+
+    def prepare_low(self, param: Tensor, low: Tensor) -> LowGrad:
+        """A low-rank gradient that a layer has made itself, in the form in which it waits for a step."""
+        return self._projector.prepare_low(param, low)
 
     @torch.no_grad()
     def move(self, param: Tensor, low_grad: LowGrad | None) -> None:

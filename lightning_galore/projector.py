@@ -199,6 +199,21 @@ class Projector:
             accumulator=self._accumulator(grad, target, state.step),
         )
 
+    def is_fused(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the weight's next step wants no more than low-rank coordinates, of bases that it has."""
+        return self.state_of(param).has_bases and not self.waits(param, group)
+
+    def coordinates(self, param: Tensor) -> Coordinates:
+        """What the weight is projected with until its next refresh."""
+        stored, target = self.state_of(param).bases, self._targets[param]
+        return Coordinates(target.projection.with_rank(stored.rank), stored, None, dtype=param.dtype)
+
+    def prepare_low(self, param: Tensor, low: Tensor) -> LowGrad:
+        """A low-rank gradient of which nobody has seen the full one."""
+        target = self._targets[param]
+        accumulator = self._accumulator(low, target, self.state_of(param).step)
+        return LowGrad(low, target=target, coordinates=self.coordinates(param), refresh=None, accumulator=accumulator)
+
     def _accumulator(self, grad: Tensor, target: Target, step: int) -> Accumulator | None:
         kept, seed = self.config.accumulator_storage, self.config.seed
         if kept == "param" or self.config.mode == "step":

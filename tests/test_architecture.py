@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__"}),  # the public names: what the command line and the tasks use, like any user
     frozenset({"callbacks", "report", "strategies"}),
     frozenset({"optimizer"}),
-    frozenset({"backward", "stepping", "watch", "wrapper"}),
+    frozenset({"backward", "fused", "stepping", "watch", "wrapper"}),
     frozenset({"projector", "proxies"}),
     frozenset({"grad_norms"}),
     frozenset({"low_grad"}),

@@ -106,6 +106,9 @@ class GaLoreConfig:
         stochastic_round: Round weights that are kept in int8 or bf16 up or down at random, so that they are right in
             the mean and an update smaller than a rounding error is not lost. None is what ``method`` says, else True
             for int8 weights and False for others.
+        fused_backward: Let ``nn.Linear`` modules compute low-rank gradients directly between refreshes, in modes
+            ``project`` and ``layerwise``: the full gradient is never formed, and on the right side only ``X Q`` is kept
+            of the input. Same gradients up to the order of sums; their full norm is not known then.
         clip_weight_norm: Clip the gradient of each parameter by itself to this norm, in every mode. Clipping by the
             global norm is the Trainer's ``gradient_clip_val``, which ``mode="layerwise"`` cannot honour.
         fix_signs: Fix the arbitrary signs of singular vectors, so that runs repeat across machines. ``False`` keeps
@@ -157,6 +160,7 @@ class GaLoreConfig:
     moment_storage: MomentStorage = "auto"
     accumulator_storage: AccumulatorStorage = "param"
     stochastic_round: bool | None = None
+    fused_backward: bool = False
     clip_weight_norm: float | None = None
     fix_signs: bool = True
     dense_lr_factor: float = 1.0
@@ -169,11 +173,16 @@ class GaLoreConfig:
         check_choice("method", self.method, (None, *METHODS))
         self._fill_open_axes()
         check_numbers(self)
+        if self.fused_backward and self.mode == "step":
+            raise ValueError(
+                "fused_backward=True with mode='step': that mode keeps full gradients, which would not be computed. "
+                "Use mode='project' or 'layerwise'."
+            )
         check_schedule(self)
         check_subspace(self)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
-        for name in ("fix_signs", "stagger", "stochastic_round"):
+        for name in ("fix_signs", "fused_backward", "stagger", "stochastic_round"):
             check_bool(name, getattr(self, name))
         target = self.target_modules
         if not isinstance(target, str):

@@ -154,7 +154,7 @@ class BackwardModes(Strategy):
 
     def _remove_hooks(self) -> None:
         for optimizer in self._galore_optimizers():
-            optimizer.hooks.remove()
+            optimizer.detach()
 
 
 def the_one_in_training(optimizers: Sequence[Optimizer]) -> Optimizer:

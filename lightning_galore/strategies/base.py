@@ -93,6 +93,7 @@ class GaLoreStrategy(BackwardModes):
         moment_storage: "8bit" refuses an optimizer that keeps its moments in more bits; "base" takes what it does.
         accumulator_storage: How low-rank gradients wait for the next micro-batch: param, fp32, bf16 or int8.
         stochastic_round: Round int8 and bf16 weights up or down at random, right in the mean.
+        fused_backward: Compute low-rank gradients in the backward of nn.Linear, never full ones (project, layerwise).
         clip_weight_norm: Clip the gradient of each parameter by itself to this norm.
         fix_signs: Fix the arbitrary signs of singular vectors.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
@@ -150,6 +151,7 @@ class GaLoreStrategy(BackwardModes):
         moment_storage: MomentStorage = "auto",
         accumulator_storage: AccumulatorStorage = "param",
         stochastic_round: bool | None = None,
+        fused_backward: bool = False,
         clip_weight_norm: float | None = None,
         fix_signs: bool = True,
         dense_lr_factor: float = 1.0,
@@ -213,7 +215,7 @@ class GaLoreStrategy(BackwardModes):
         for optimizer in galore:
             optimizer.hooks.armed = False
             if self.config.mode != "step":
-                optimizer.hooks.attach([param for group in optimizer.param_groups for param in group["params"]])
+                optimizer.attach()
             if self.config.mode == "layerwise" and trainer.gradient_clip_val:
                 optimizer.hooks.clip_value = float(trainer.gradient_clip_val)
             table = optimizer.targets_table()

@@ -44,7 +44,7 @@ def check_backward_mode(
             'Give each parameter to one optimizer, or use mode="step".'
         )
     if mode == "layerwise":
-        _check_layerwise(trainer, module)
+        _check_layerwise(trainer, module, config)
     else:
         _check_project(trainer, module, config)
     for hook in ("on_after_backward", "on_before_optimizer_step"):
@@ -55,7 +55,7 @@ def check_backward_mode(
             )
 
 
-def _check_layerwise(trainer: Trainer, module: LightningModule | None) -> None:
+def _check_layerwise(trainer: Trainer, module: LightningModule | None, config: GaLoreConfig) -> None:
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise MisconfigurationException(
             f'mode="layerwise" moves weights in backward and cannot undo a step that the GradScaler of '
@@ -66,6 +66,11 @@ def _check_layerwise(trainer: Trainer, module: LightningModule | None) -> None:
             raise MisconfigurationException(
                 f'gradient_clip_val={trainer.gradient_clip_val} by norm: mode="layerwise" has moved the weights before '
                 'the global norm is known. Use mode="project", or gradient_clip_algorithm="value".'
+            )
+        if config.fused_backward:
+            raise MisconfigurationException(
+                'gradient_clip_algorithm="value" with fused_backward=True: full gradients, whose entries would be '
+                "clipped, are not computed. Set fused_backward=False, or clip by clip_weight_norm."
             )
         if _accumulates(trainer):
             raise MisconfigurationException(
@@ -98,10 +103,10 @@ def _check_project(trainer: Trainer, module: LightningModule | None, config: GaL
             f'gradient_clip_val={trainer.gradient_clip_val} by value: mode="project" has only low-rank gradients, '
             'whose entries are others. Use gradient_clip_algorithm="norm", or mode="step" or "layerwise".'
         )
-    if _accumulates(trainer):
+    if _accumulates(trainer) or config.fused_backward:
         rank_zero_info(
-            'GaLore: mode="project" accumulates gradients in low rank, so clipping uses the norm of what is kept of '
-            'them, which is smaller than the full norm. mode="step" clips by the full norm.'
+            "GaLore: with accumulation in low rank, or fused_backward, clipping uses the norm of what is kept of the "
+            'gradients, which is smaller than the full norm. mode="step" clips by the full norm.'
         )
 
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers whose backward makes the low-rank gradient itself; the weight's full gradient is never computed.
+
+For ``Y = X W^T`` with ``X (t, n)``, ``W (m, n)`` the gradient is ``G = dY^T X``, and its coordinates follow without it:
+right ``G Q = dY^T (X Q)``, left ``P^T G = (dY P)^T X``, both ``P^T G Q = (dY P)^T (X Q)``. That is ``2 t r (m + n)``
+operations instead of ``2 t m n``, and on the right only ``X Q (t, r)`` is kept for backward instead of ``X (t, n)``
+(related to CompAct, arXiv 2410.15352, which takes random bases).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from lightning_galore.coordinates import Coordinates
+from lightning_galore.linalg import without_autocast
+from lightning_galore.storage import Int8Tensor
+
+_SIDES = ("left", "full"), ("right", "full")
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FusedLinears]] = weakref.WeakKeyDictionary()
+
+
+class Receiver(Protocol):
+    """What the layers ask of the hooks that they report to."""
+
+    def fuses(self, param: Tensor) -> bool:
+        """Whether this window's step of a weight wants no more of its gradient than its low-rank coordinates."""
+
+    def coordinates(self, param: Tensor) -> Coordinates:
+        """What the weight is projected with in this window."""
+
+    def on_low_grad(self, param: Tensor, low: Tensor) -> None:
+        """Take a low-rank gradient, complete for this backward."""
+
+
+class FusedLinears:
+    """The layers of a model that make low-rank gradients, from :meth:`install` to :meth:`remove`.
+
+    Args:
+        receiver: Gets the gradients; held weakly, so that layers left alone do not keep an optimizer alive.
+    """
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = weakref.ref(receiver)
+        self._leaves: dict[Tensor, tuple[Tensor, Tensor]] = {}  # with the basis that each is for
+        self._installed: list[nn.Module] = []
+
+    @property
+    def weights(self) -> set[Tensor]:
+        """The weights of the layers."""
+        return {module.weight for module in self._installed if isinstance(module.weight, Tensor)}
+
+    def install(self, model: nn.Module, params: Iterable[Tensor]) -> None:
+        """Let the ``nn.Linear`` modules that hold these weights report to the receiver, each once.
+
+        Class, name, parameters, hooks and signature of a module stay as they are. A subclass with a ``forward`` of its
+        own is left alone: nobody knows what it does with the weight.
+
+        Args:
+            model: Holds the modules.
+            params: Their weights.
+        """
+        wanted = set(params)
+        for module in model.modules():
+            plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+            if plain and module.weight in wanted and "forward" not in vars(module):
+                # A bound method: a deep copy binds it to the copy, and pickling leaves it out.
+                module.forward = MethodType(forward, module)
+                _OWNERS[module] = weakref.ref(self)
+                self._installed.append(module)
+
+    def remove(self) -> None:
+        """Give all modules their own forward back."""
+        for module in self._installed:
+            vars(module).pop("forward", None)
+            _OWNERS.pop(module, None)
+        self._installed.clear()
+        self._leaves.clear()
+
+    def apply(self, module: nn.Linear, x: Tensor) -> Tensor | None:
+        """What the layer gives for ``x (..., n)``; None where its ordinary forward shall run."""
+        receiver, weight = self._receiver(), module.weight
+        if receiver is None or not torch.is_grad_enabled() or not weight.requires_grad or not receiver.fuses(weight):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        coordinates = receiver.coordinates(weight)
+        with without_autocast(x.device):
+            leaf = self._leaf(weight, coordinates)
+            bases = coordinates.bases
+            left = bases[0] if coordinates.projection.side in _SIDES[0] else None
+            right = bases[-1] if coordinates.projection.side in _SIDES[1] else None
+            output: Tensor = _Linear.apply(x, weight.detach(), module.bias, leaf, left, right)
+        coordinates.let_go()
+        return output
+
+    def _leaf(self, weight: Tensor, coordinates: Coordinates) -> Tensor:
+        """Stands for the weight in the graph: autograd adds up the low-rank gradients of all its uses, and says when.
+
+        A tensor of one entry, seen in the low-rank shape; another one for each basis.
+        """
+        codes = coordinates.stored.parts[0].codes
+        before = self._leaves.get(weight)
+        if before is not None and before[0] is codes:
+            return before[1]
+        one = torch.zeros((), dtype=weight.dtype, device=weight.device)
+        leaf = one.expand(coordinates.projection.low_shape).requires_grad_()
+        owner, key = weakref.ref(self), weakref.ref(weight)
+
+        def hook(leaf: Tensor) -> None:
+            layers, param = owner(), key()
+            receiver = layers._receiver() if layers is not None else None
+            low, leaf.grad = leaf.grad, None
+            if receiver is None or param is None or low is None:
+                return
+            if receiver.coordinates(param).stored.parts[0].codes is not codes:
+                raise RuntimeError(
+                    f"The basis of a weight of shape {tuple(param.shape)} was refreshed between a forward pass and its "
+                    "backward, whose low-rank gradient is of the old one. Go backward before optimizer.step(), or set "
+                    "fused_backward=False."
+                )
+            receiver.on_low_grad(param, low)
+
+        leaf.register_post_accumulate_grad_hook(hook)
+        self._leaves[weight] = codes, leaf
+        return leaf
+
+
+@torch.compiler.disable  # which path is taken changes from step to step, and the graph would be compiled anew each time
+def forward(self: nn.Linear, input: Tensor) -> Tensor:  # nn.Linear's name of it
+    """What shadows ``nn.Linear.forward`` in a module. In a copy of the module, which nobody knows, it is just that."""
+    owner = _OWNERS.get(self)
+    layers = owner() if owner is not None else None
+    output = layers.apply(self, input) if layers is not None else None
+    return nn.Linear.forward(self, input) if output is None else output
+
+
+class _Linear(torch.autograd.Function):
+    """``y = x W^T + b`` with a gradient for ``leaf``, in the low-rank coordinates of ``W``, and none for ``W``."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., n)
+        weight: Tensor,  # (m, n)
+        bias: Tensor | None,
+        leaf: Tensor,  # low_shape
+        left: Tensor | None,  # (m, r)
+        right: Tensor | None,  # (n, r)
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        kept = rows if right is None else _times(rows, right)
+        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, left)
+        ctx.low_dtype = leaf.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return nn.functional.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, left = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        low = (rows if left is None else _times(rows, left)).to(kept.dtype).mT @ kept
+        return (
+            None if weight is None else grad @ _dense(weight, grad.dtype),
+            None,
+            rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            low.to(ctx.low_dtype),
+            None,
+            None,
+        )
+
+
+def _times(
+    rows: Tensor,  # (t, d)
+    basis: Tensor,  # (d, r)
+) -> Tensor:
+    """``rows @ basis`` in the wider dtype of the two where that is one of full precision, else in that of ``rows``."""
+    wide = torch.promote_types(rows.dtype, basis.dtype)
+    dtype = rows.dtype if rows.dtype in (torch.bfloat16, torch.float16) else wide
+    return rows.to(dtype) @ basis.to(dtype)
+
+
+def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype) if isinstance(weight, Int8Tensor) else weight.to(dtype)
