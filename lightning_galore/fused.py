@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from lightning_galore import gemm
 from lightning_galore.coordinates import Coordinates
 from lightning_galore.linalg import without_autocast
 from lightning_galore.storage import Int8Tensor
@@ -169,12 +170,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, left = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        low = (rows if left is None else _times(rows, left)).to(kept.dtype).mT @ kept
+        rows_low = (rows if left is None else _times(rows, left)).to(kept.dtype)
+        # On the left the narrow factor stands first.
+        low = gemm.product(rows_low.mT, kept) if left is None else gemm.product(kept.mT, rows_low).mT
         return (
             None if weight is None else grad @ _dense(weight, grad.dtype),
             None,
             rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
-            low.to(ctx.low_dtype),
+            low.to(ctx.low_dtype).contiguous(),
             None,
             None,
         )
@@ -187,7 +190,7 @@ def _times(
     """``rows @ basis`` in the wider dtype of the two where that is one of full precision, else in that of ``rows``."""
     wide = torch.promote_types(rows.dtype, basis.dtype)
     dtype = rows.dtype if rows.dtype in (torch.bfloat16, torch.float16) else wide
-    return rows.to(dtype) @ basis.to(dtype)
+    return gemm.product(rows.to(dtype), basis.to(dtype))
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -232,6 +232,7 @@ OTHERS: dict[str, Any] = {
     "moment_storage": "8bit",
     "accumulator_storage": "fp32",
     "basis_placement": "shard",
+    "fused_backward": True,
     "stochastic_round": False,
     "clip_weight_norm": 1.0,
     "fix_signs": False,
