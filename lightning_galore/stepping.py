@@ -141,5 +141,6 @@ class Stepper:
         state[state_keys.STEP] = step + 1
         factor = self._config.dense_lr_factor
         # The place stands for a name: a parameter need not be one of a model that has names.
-        with self._rounding.opened(dtensors.local(swap.param), name="dense/{}/{}".format(*place), step=step) as weight:
-            weight.mul_(self._shrink(swap.group, factor)).add_(dtensors.local(swap.proxy.detach()), alpha=factor)
+        weight, update = dtensors.local(swap.param), dtensors.local(swap.proxy.detach())
+        shrink, name = self._shrink(swap.group, factor), "dense/{}/{}".format(*place)
+        self._rounding.add_(weight, update, alpha=factor, shrink=shrink, name=name, step=step)

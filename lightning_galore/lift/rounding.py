@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,10 @@ def warn_of_idle_rounding(config: GaLoreConfig, params: Iterable[Tensor]) -> Non
             "weight_storage='int8', or leave it out.",
             stacklevel=4,
         )
+
+
+# Entries that are rounded at a time: 64 MB in fp32. A multiple of the four that one draw serves.
+_PIECE = 2**24
 
 
 class Rounding:
@@ -67,5 +71,28 @@ class Rounding:
         else:
             yield weight
 
+    def add_(self, weight: Tensor, update: Tensor, *, alpha: float, shrink: float, name: str, step: int) -> None:
+        """``weight`` becomes ``shrink`` times itself and ``alpha`` times ``update``, rounded at random.
+
+        Piece by piece: an output head is the largest tensor of a model, and a copy of it in fp32 would be the peak.
+
+        Args:
+            weight: bf16, changed in place.
+            update: Of its shape.
+            alpha: Factor on ``update``.
+            shrink: Factor on ``weight``.
+            name: Of the weight.
+            step: Its updates before this one.
+        """
+        generator = self._generator(weight.device, name, step)
+        for part, own in zip(_pieces(weight), _pieces(update), strict=True):
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            storage.round_stochastically_(part, wide.mul_(shrink).add_(own, alpha=alpha), generator)
+
     def _generator(self, device: torch.device, name: str, step: int) -> torch.Generator:
         return seeded_generator(device, seed=self._seed, name=f"{name}/rounding", draw=step)
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Parts of it that share its memory, in the order of its entries; a tensor with gaps in one."""
+    return tensor.detach().view(-1).split(_PIECE) if tensor.is_contiguous() else [tensor.detach()]

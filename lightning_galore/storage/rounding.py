@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A multiple of the four entries that one draw serves, so that pieces change no bits.
+_PIECE = 2**22
+
 
 def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
     """Write ``value`` into a bf16 ``target`` so that it is ``value`` in the mean: up or down, by how near it is.
@@ -19,11 +22,18 @@ def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Genera
         value: fp32, of its shape.
         generator: On its device.
     """
-    bits = value.contiguous().view(torch.int32)
-    noise = _sixteen_bits(bits.numel(), generator).view(bits.shape)
-    rounded = noise.add_(bits).bitwise_and_(-1 << 16).view(torch.float32)
-    # Infinity and NaN have other bits: the carry would make NaN of the one and anything of the other.
-    target.copy_(torch.where(torch.isfinite(value), rounded, value))
+    if not target.is_contiguous():
+        whole = target.contiguous()
+        round_stochastically_(whole, value, generator)
+        target.copy_(whole)
+        return
+    # Piece by piece, for what this takes is four times the target.
+    for part, piece in zip(target.view(-1).split(_PIECE), value.contiguous().view(-1).split(_PIECE), strict=True):
+        bits = piece.view(torch.int32)
+        noise = _sixteen_bits(bits.numel(), generator)
+        rounded = noise.add_(bits).bitwise_and_(-1 << 16).view(torch.float32)
+        # Infinity and NaN have other bits: the carry would make NaN of the one and anything of the other.
+        part.copy_(torch.where(torch.isfinite(piece), rounded, piece))
 
 
 def _sixteen_bits(count: int, generator: torch.Generator) -> Tensor:
