@@ -4,7 +4,7 @@
 Shapes: ``m, n`` rows and columns of a matrix, ``r`` the width of a block, small against both.
 
 On a CPU both are bound by how well the library's kernel fits so narrow a block. Measured at one thread of an AMD EPYC
-(Zen 5, AVX-512, torch 2.13, fp32), in GFLOP/s, ``mm`` and ``addmm_`` being MKL's:
+(Zen 5, AVX-512, torch 2.13, fp32), in GFLOP/s, ``mm`` and ``addmm_`` being MKL's, the sum of 3072x768 with a decay:
 
 ========================  =====  =====  =====  ======
 product                   r=2    r=8    r=32   r=128
@@ -14,8 +14,8 @@ the same transposed       6      35     60     85
 the same, oneDNN          16     70     147    185
 768x3072 ``P^T G``: mm    20     32     67     86
 the same, oneDNN          25     62     124    174
-``W += R Q^T``: addmm_    14     50     89     98
-the same, oneDNN, blocks  15     50     113    166
+``W += R Q^T``: addmm_    8      28     70     91
+the same, oneDNN, blocks  9      37     94     166
 ========================  =====  =====  =====  ======
 
 So oneDNN takes what is large enough. Torch has no public name for its fp32 product; the operator that ``torch.compile``
