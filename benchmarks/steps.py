@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks import limits, optimizers, peers, pictures, weights
 from benchmarks.optimizers import FULL_RANK, OURS
 from benchmarks.options import Options, progress, run
-from benchmarks.results import Report, Table, Target, megabytes, milliseconds, ratio, rounded
+from benchmarks.results import Report, Table, Target, milliseconds, ratio, rounded
 from benchmarks.timing import Plan, Spread, side_by_side, times_faster
 from benchmarks.weights import WeightSet
 
@@ -78,7 +78,7 @@ def measure(options: Options) -> tuple[Report, Figure]:
             "order": "round robin, the first step is not timed",
         },
         measurements=measured,
-        tables=[*(_table(held) for held in measured), limits.table(measured)],
+        tables=[*(_table(held) for held in measured), limits.memory_table(measured), limits.table(measured)],
         targets=_targets(measured, options),
         notes=notes,
     )
@@ -170,11 +170,10 @@ def _table(held: dict[str, Any]) -> Table:
         for kind in KINDS:
             others = {other: Spread(**row["times_faster_than"][other][kind]) for other in (OURS, FULL_RANK)}
             cells = ("" if other == name else ratio(spread, digits=2) for other, spread in others.items())
-            memory = (megabytes(row[key]) if kind == "ordinary" else "" for key in ("state_bytes", "step_peak_bytes"))
-            rows.append((f"{name}: {kind}", milliseconds(row["median_s"][kind]), *cells, *memory))
+            rows.append((f"{name}: {kind}", milliseconds(row["median_s"][kind]), *cells))
     return Table(
         title=f"optimizer step: {held['name']} ({held['rounds']} rounds; amortised over {AMORTISED_GAP} steps)",
-        header=("step", "ms", *(f"times faster than {name}" for name in (OURS, FULL_RANK)), "state, MB", "peak, MB"),
+        header=("step", "ms", *(f"times faster than {name}" for name in (OURS, FULL_RANK))),
         rows=rows,
     )
 

@@ -4,7 +4,7 @@
 Shapes: ``m, n`` rows and columns of a matrix, ``r`` the width of a block, small against both.
 
 On a CPU both are bound by how well the library's kernel fits so narrow a block. Measured at one thread of an AMD EPYC
-(Zen 5, AVX-512, torch 2.13, fp32), in GFLOP/s, ``mm`` and ``addmm_`` being MKL's:
+(Zen 5, AVX-512, torch 2.13, fp32), in GFLOP/s, ``mm`` and ``addmm_`` being MKL's, the sum of 3072x768 with a decay:
 
 ========================  =====  =====  =====  ======
 product                   r=2    r=8    r=32   r=128
@@ -14,8 +14,8 @@ the same transposed       6      35     60     85
 the same, oneDNN          16     70     147    185
 768x3072 ``P^T G``: mm    20     32     67     86
 the same, oneDNN          25     62     124    174
-``W += R Q^T``: addmm_    14     50     89     98
-the same, oneDNN, blocks  15     50     113    166
+``W += R Q^T``: addmm_    8      28     70     91
+the same, oneDNN, blocks  9      37     94     166
 ========================  =====  =====  =====  ======
 
 So oneDNN takes what is large enough. Torch has no public name for its fp32 product; the operator that ``torch.compile``
@@ -30,10 +30,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
-#: Multiplications from which oneDNN's kernel pays for its call (about 12 us): 256x256 at r = 8.
+#: Entries of a matrix up to which neither library nor order of the factors matters much, and another call does.
+_SMALL = 2**14
+#: Multiplications from which oneDNN's kernel pays for its call (about 12 us): 256x256 at r = 8, 128x128 at r = 32.
 _WORTH = 2**19
-#: Entries of a matrix up to which the order of the factors matters little, and another call does.
-_SMALL = 2**16
 #: Entries of the blocks in which a product is added to a matrix: 1 MiB. Small enough for a cache and for the C library
 #: to keep: blocks of 2 MiB were handed back to the system and cleared anew each time, which took a third of the step.
 _BLOCK = 2**18
@@ -53,7 +53,7 @@ def product(
             return _onednn(matrix, block.mT)
         if matrix.mT.is_contiguous():
             return _onednn(block.mT, matrix).mT
-    if matrix.is_contiguous() and (matrix.device.type != "cpu" or matrix.numel() < _SMALL):
+    if matrix.is_contiguous() and (not matrix.is_cpu or matrix.numel() < _SMALL):
         return matrix @ block
     # On a CPU up to 3 times as fast as matrix @ block for a narrow block, and no slower for a wide one.
     return (block.mT @ matrix.mT).mT
@@ -84,15 +84,15 @@ def add_product_(
 
 def _suits_onednn(matrix: Tensor, *blocks: Tensor) -> bool:
     """Whether oneDNN's product may be used, and pays. Tensors that are not plain know how to multiply themselves."""
-    rank = min(blocks[0].shape)
+    if not matrix.is_cpu or matrix.dtype != torch.float32 or matrix.numel() < _SMALL:
+        return False
+    rank = blocks[0].shape[1]
     if rank < 2 or matrix.numel() * rank < _WORTH or not torch.backends.mkldnn.enabled:
         return False
-    plain = all(
-        type(one) in (Tensor, nn.Parameter) and one.dtype == torch.float32 and one.device.type == "cpu"
-        for one in (matrix, *blocks)
-    )
+    plain = all(type(one) in (Tensor, nn.Parameter) and one.is_cpu for one in (matrix, *blocks))
+    same = all(block.dtype == matrix.dtype for block in blocks)
     # The operator has no derivative.
-    return plain and not torch.is_grad_enabled() and _has_onednn()
+    return plain and same and not torch.is_grad_enabled() and _has_onednn()
 
 
 @functools.cache

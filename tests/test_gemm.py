@@ -99,7 +99,7 @@ def test_onednn_takes_what_is_large_enough(library: None) -> None:
     assert uses_onednn(random(768, 512).mT, block) is enabled
     assert uses_onednn(nn.Parameter(large), block) is enabled
     assert not uses_onednn(large[:32], block)
-    assert not uses_onednn(large, block[:, :1])
+    assert not uses_onednn(random(1024, 768), block[:, :1])  # a matrix times a vector is what it is bad at
     assert not uses_onednn(large[:, ::2], block[:384])
 
 

@@ -77,15 +77,14 @@ class Projection:
         bases: tuple[Tensor, ...],  # basis_shapes
     ) -> Tensor:
         """Coordinates of ``matrix`` of ``low_shape``, in its dtype; computed in the wider dtype of the two."""
-        work = matrix.to(torch.promote_types(matrix.dtype, bases[0].dtype))
-        first, last = bases[0].to(work.dtype), bases[-1].to(work.dtype)
+        work, first, last = _in_one_dtype(matrix, bases[0], bases[-1])
         if self.side == "left":
             low = gemm.product(work.mT, first).mT
         elif self.side == "right":
             low = gemm.product(work, last)
         else:
             low = gemm.product(work.mT, first).mT @ last
-        return low.to(matrix.dtype).contiguous()
+        return (low if low.dtype == matrix.dtype else low.to(matrix.dtype)).contiguous()
 
     def add_back_(
         self,
@@ -100,15 +99,24 @@ class Projection:
 
         Without a full-size temporary, but where the basis is kept in a wider dtype than the weight.
         """
-        dtype = torch.promote_types(weight.dtype, bases[0].dtype)
-        first, last, low = bases[0].to(dtype), bases[-1].to(dtype), low_update.to(dtype)
+        first, last = _in_one_dtype(bases[0], bases[-1], dtype=weight.dtype)
+        low = low_update if low_update.dtype == first.dtype else low_update.to(first.dtype)
         if self.side == "full":
             low = first @ low
         left, right = (first, low.mT) if self.side == "left" else (low, last)
-        if dtype == weight.dtype:
+        if left.dtype == weight.dtype:
             gemm.add_product_(weight, left, right, alpha=alpha, beta=beta)
         else:
             weight.copy_((left @ right.mT).mul_(alpha).add_(weight, alpha=beta))
+
+
+def _in_one_dtype(*tensors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """The tensors in the widest dtype of them, and of ``dtype``; themselves where they agree, as they mostly do."""
+    widest = dtype or tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != widest:
+            widest = torch.promote_types(widest, tensor.dtype)
+    return tuple(tensor if tensor.dtype == widest else tensor.to(widest) for tensor in tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
