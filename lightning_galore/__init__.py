@@ -4,6 +4,7 @@
 from lightning_galore.callbacks import GradNormMonitor, SubspaceScheduler
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
+from lightning_galore.planner import plan
 from lightning_galore.strategies import GaLoreDDPStrategy, GaLoreSingleDeviceStrategy, GaLoreStrategy
 
 __version__ = "0.1.0"
@@ -17,4 +18,5 @@ __all__ = [
     "GradNormMonitor",
     "SubspaceScheduler",
     "__version__",
+    "plan",
 ]

@@ -40,6 +40,21 @@ BUILT_IN: dict[str, tuple[str, dict[str, Any], Head]] = {
         {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
         "sequence-classification",
     ),
+    # What the demo trains: the weights of all-MiniLM-L6-v2 in RoBERTa's classes.
+    "minilm": (
+        "RobertaConfig",
+        {
+            "vocab_size": 30_522,
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 513,
+            "type_vocab_size": 2,
+            "pad_token_id": 0,
+        },
+        "sequence-classification",
+    ),
 }
 _AUTO_CLASSES: dict[str, str] = {
     "causal-lm": "AutoModelForCausalLM",

@@ -12,11 +12,7 @@ from lightning_galore.planner.planning import Column, Peak, Plan
 GIB = 2**30
 
 
-def gib(size: int) -> str:
-    """Bytes in GiB, with MiB where that is more readable."""
-    if size >= 0.1 * GIB or size == 0:
-        return f"{size / GIB:.2f}"
-    return f"{size / GIB:.4f}"
+_UNITS = ((2**30, "GiB", "2^30", 10**9, "GB"), (2**20, "MiB", "2^20", 10**6, "MB"), (2**10, "KiB", "2^10", 10**3, "kB"))
 
 
 def as_text(plan: Plan, width: int = 200) -> str:
@@ -39,37 +35,44 @@ def show(plan: Plan, console: Any) -> None:
         soft_wrap=True,
     )
     console.print(_columns(plan))
-    for column in plan.columns:
-        if column.missing:
-            console.print(f"{column.label}: {column.missing}", soft_wrap=True)
+    for reason in dict.fromkeys(column.missing for column in plan.columns if column.missing):
+        without = [column.label for column in plan.columns if column.missing == reason]
+        console.print(f"{', '.join(without)}: {reason}", soft_wrap=True, style="dim")
     if plan.budget is not None:
         _show_fits(plan, console)
 
 
 def _columns(plan: Plan) -> Any:
     shown = [column for column in plan.columns if column.weights]
+    sizes = [size for c in shown for size in (c.weights, c.moments, *(peak.total for peak in c.peaks))]
+    unit, name, power, decimal, decimal_name = next((u for u in _UNITS if max(sizes, default=0) >= u[0]), _UNITS[-1])
     table = _rich()["Table"](box=_rich()["SIMPLE_HEAD"], pad_edge=False)
-    table.add_column("GiB (2^30 bytes)")
+    table.add_column(f"{name} ({power} bytes)")
     for column in shown:
         table.add_column(column.label, justify="right")
-    for title, name in (
+    for title, key in (
         ("weights", "weights"),
         ("gradients after backward", "gradients"),
         ("moments", "moments"),
         ("bases", "bases"),
         ("one refresh", "refresh_workspace"),
     ):
-        table.add_row(title, *(gib(getattr(column, name)) for column in shown))
-    for checkpointing in (False, True):
-        if not any(_peak(column, checkpointing) for column in shown):
+        table.add_row(title, *(_number(getattr(column, key), unit) for column in shown))
+    for recomputed in (False, True):
+        peaks = [_peak(column, recomputed) for column in shown]
+        if not any(peaks):
             continue
         table.add_section()
-        title = "recomputed: " if checkpointing else ""
-        table.add_row(f"{title}activations", *(_of(c, checkpointing, lambda p: gib(p.activations)) for c in shown))
-        table.add_row(f"{title}PEAK", *(_of(c, checkpointing, lambda p: gib(p.total)) for c in shown), style="bold")
-        table.add_row("  the same in GB (10^9)", *(_of(c, checkpointing, lambda p: f"{p.total / 1e9:.2f}") for c in shown))
-        table.add_row("  when", *(_of(c, checkpointing, _when) for c in shown))
+        title = "recomputed" if recomputed else ""
+        table.add_row(f"activations {title}", *(_number(p and p.activations, unit) for p in peaks))
+        table.add_row(f"PEAK {title}", *(_number(p and p.total, unit) for p in peaks), style="bold")
+        table.add_row(f"  in {decimal_name} ({decimal:.0e})".replace("e+0", "e"), *(_number(p and p.total, decimal) for p in peaks))
+        table.add_row("  when", *(_when(p) if p else "-" for p in peaks))
     return table
+
+
+def _number(size: int | None, unit: int) -> str:
+    return "-" if size is None else f"{size / unit:,.2f}"
 
 
 def _show_fits(plan: Plan, console: Any) -> None:
@@ -99,11 +102,6 @@ def _show_fits(plan: Plan, console: Any) -> None:
 
 def _peak(column: Column, checkpointing: bool) -> Peak | None:
     return next((peak for peak in column.peaks if peak.checkpointing == checkpointing), None)
-
-
-def _of(column: Column, checkpointing: bool, show_: Any) -> str:
-    peak = _peak(column, checkpointing)
-    return "-" if peak is None else str(show_(peak))
 
 
 def _when(peak: Peak) -> str:
