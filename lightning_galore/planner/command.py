@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.planner.fakes import Job
+from lightning_galore.planner.fakes import Job, Loop
 from lightning_galore.planner.planning import Plan, plan
 from lightning_galore.planner.sharing import Sharding
 from lightning_galore.planner.sources import Head
@@ -46,6 +47,8 @@ class PlanOptions:
         bases_sharded: Under ``fsdp2``, divide the bases too.
         budget: Look for what fits into this on each device: ``24GB`` (24 * 10^9) or ``24GiB`` (24 * 2^30).
         head: What a model by name is trained with: ``causal-lm``, ``masked-lm`` or ``sequence-classification``.
+        loop: When gradients are cleared: between forward and backward as ``lightning`` does, or right after the step as
+            in a ``plain`` loop of your own.
         download: Fetch a ``config.json`` from the Hugging Face hub: that file, no weights and no code.
         json: Print JSON (bytes) instead of a table.
         picture: Write stacked bars into this PNG file too.
@@ -68,6 +71,7 @@ class PlanOptions:
         bases_sharded: bool = False,
         budget: str | None = None,
         head: Head = "auto",
+        loop: Loop = "lightning",
         download: bool = False,
         json: bool = False,
         picture: str | None = None,
@@ -77,7 +81,7 @@ class PlanOptions:
             if given[name] is not None and given[name] < 1:
                 raise ValueError(f"{name}={given[name]} must be at least 1.")
         self.source, self.batch_size, self.sequence_length = source, batch_size, sequence_length
-        self.precision, self.head, self.download = precision, head, download
+        self.precision, self.head, self.download, self.loop = precision, head, download, loop
         self.json, self.picture = json, picture
         named = {"rank": rank, "proj_type": proj_type, "target_modules": target_modules}
         self.settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
@@ -101,7 +105,7 @@ def run(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
     """
     if options.source.endswith((".yaml", ".yml")):
         job, config = read_recipe(options.source, options)
-        found = plan(job, config, **options.choices, **options.settings)
+        found = plan(replace(job, loop=options.loop), config, **options.choices, **options.settings)
     else:
         found = plan(
             options.source,
@@ -109,6 +113,7 @@ def run(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
             sequence_length=options.sequence_length or 512,
             precision=options.precision,
             head=options.head,
+            loop=options.loop,
             download=options.download,
             **options.choices,
             **options.settings,

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -19,10 +19,12 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_galore.storage import Int8Tensor
 
+Loop = Literal["lightning", "plain"]
 Step: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 #: What a precision of Lightning's Trainer makes of the weights, and of the operations.
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
+    "64-true": (torch.float64, None),
     "32-true": (torch.float32, None),
     "bf16-true": (torch.bfloat16, None),
     "16-true": (torch.float16, None),
@@ -41,6 +43,9 @@ class Job:
         batch: One batch as the step takes it, on any device; None when nothing is known of it.
         step: Makes the loss of a batch; :func:`training_loss` by default.
         precision: A key of ``PRECISIONS``; None leaves the module's dtypes as they are.
+        micro_batches: Backward passes before each step.
+        loop: When gradients are cleared. ``lightning``: between forward and backward, as Lightning's Trainer does, so
+            that those of the last step are alive in the forward pass. ``plain``: right after the step.
     """
 
     name: str
@@ -48,6 +53,8 @@ class Job:
     batch: Any
     step: Step
     precision: str | None = None
+    micro_batches: int = 1
+    loop: Loop = "lightning"
 
     @property
     def dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:

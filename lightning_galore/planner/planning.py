@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_galore.config import GaLoreConfig, Mode
 from lightning_galore.planner.candidates import CANDIDATES, Candidate
-from lightning_galore.planner.fakes import Job, training_loss
+from lightning_galore.planner.fakes import Job, Loop, training_loss
 from lightning_galore.planner.rehearsal import Recipe, Rehearsed, footprint_of, refresh_workspace, rehearse
 from lightning_galore.planner.sharing import Devices, Sharding, largest_layer_bytes, on_each
 from lightning_galore.planner.sources import Head, named_job
@@ -140,6 +140,7 @@ def plan(
     bases_sharded: bool = False,
     budget: int | str | None = None,
     head: Head = "auto",
+    loop: Loop = "lightning",
     download: bool = False,
     **settings: Any,
 ) -> Plan:
@@ -167,6 +168,7 @@ def plan(
         bases_sharded: Under ``"fsdp2"``, whether bases are divided too.
         budget: Bytes on each device, or as ``"24GB"`` (10^9) or ``"24GiB"`` (2^30): look for what fits.
         head: For a name: what is trained on top.
+        loop: When gradients are cleared: ``"lightning"``, between forward and backward, or ``"plain"``, after the step.
         download: For a name: fetch its ``config.json`` from the Hugging Face hub.
         **settings: Arguments of :class:`~lightning_galore.config.GaLoreConfig`, on top of ``config``.
 
@@ -186,13 +188,16 @@ def plan(
         if isinstance(model, Job):
             return model
         if isinstance(model, nn.Module):
-            return Job(name=type(model).__name__, module=model, batch=batch, step=step, precision=precision)
+            name = type(model).__name__
+            return Job(name=name, module=model, batch=batch, step=step, precision=precision, loop=loop)
         named = precision or "bf16-true"
-        return named_job(
+        made = named_job(
             model, batch_size=size, sequence_length=sequence_length, precision=named, head=head, download=download
         )
+        return replace(made, loop=loop)
 
     job = job_of(batch_size or 1)
+    job.autocast()  # an unknown precision is no matter of one column
     columns = tuple(column_of(job, c, config, checkpointing, where, base=base) for c in chosen)
     limit = None if budget is None else bytes_of(budget)
     fits: tuple[Any, ...] = ()

@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from lightning_galore import memory, state_keys, storage
+from lightning_galore import memory, storage
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.planner.fakes import Job, fake_batch, fake_copy, fake_mode, quietly
 from lightning_galore.planner.tracker import Category, MemoryTracker, Moment
+from lightning_galore.planner.watching import Watcher
 from lightning_galore.targets import Target
 
 
@@ -123,9 +124,7 @@ class _Rehearsal:
         self._job, self._recipe = job, recipe
         self._mode = fake_mode()
         self._module = fake_copy(job.module, self._mode, job.dtypes[0]).train()
-        self._handles: list[RemovableHandle] = []
         self._tracker = MemoryTracker(answers=True, shares=shares)
-        self._completed: list[str] = []
         if checkpointing:
             enable_checkpointing(self._module)
         with self._mode:
@@ -133,10 +132,10 @@ class _Rehearsal:
                 recipe.prepare(self._module)
         # Outside: bitsandbytes makes its tables of codes here, which must be real.
         self._base = recipe.make_base([p for p in self._module.parameters() if p.requires_grad])
-        self._names = {param: name for name, param in self._module.named_parameters()}
-        self._enter_hooks()
+        self._watcher = Watcher(self._tracker, self._module)
+        self._watcher.enter()
         self._optimizer = self._wrap()
-        self._leave_hooks()
+        self._watcher.leave(self._optimizer)
 
     @property
     def targets(self) -> dict[Tensor, Target]:
@@ -154,8 +153,7 @@ class _Rehearsal:
     def run(self) -> Rehearsed:
         footprint = self.footprint()
         tracker = self._tracker
-        tracker.hold(list(self._module.parameters()), "weights")
-        tracker.hold(list(self._module.buffers()), "weights")
+        self._watcher.name_weights()
         galore = isinstance(self._optimizer, GaLoreOptimizer)
         peaks: dict[str, Moment] = {}
         wheres: dict[str, str] = {}
@@ -163,12 +161,11 @@ class _Rehearsal:
         for step in ("first", "ordinary", "refresh") if galore else ("first", "ordinary"):
             self._force(step)
             alive = self._step()
-            peaks[step], wheres[step] = tracker.peak, self._where(tracker.peak)
+            peaks[step], wheres[step] = tracker.peak, self._watcher.where(tracker.peak)
             workspace, activations = max(workspace, tracker.most["workspace"]), max(activations, alive)
-            self._completed.clear()
+            self._watcher.completed.clear()
         worst = max(peaks, key=lambda step: (peaks[step].total, step == "ordinary"))
-        for handle in self._handles:
-            handle.remove()
+        self._watcher.remove()
         return Rehearsed(
             footprint=footprint,
             peak=peaks[worst],
@@ -192,82 +189,33 @@ class _Rehearsal:
 
     def _step(self) -> int:
         """One step; returns the bytes of activations at the end of its forward pass."""
-        tracker, optimizer = self._tracker, self._optimizer
+        tracker, optimizer, alive = self._tracker, self._optimizer, 0
         with self._mode, tracker:
-            tracker.phase, tracker.module = "forward", ""
             tracker.restart()
-            batch = fake_batch(self._job.batch, self._mode)
-            tracker.hold(_tensors(batch), "activations")
-            with self._job.autocast():
-                loss = self._job.step(self._module, batch)
-            alive = tracker.live["activations"]
-            tracker.phase = "backward"
-            loss.backward()
-            del loss, batch
+            for place in range(self._job.micro_batches):
+                last = place == self._job.micro_batches - 1
+                with optimizer.accumulate() if not last and isinstance(optimizer, GaLoreOptimizer) else nullcontext():
+                    alive = self._backward(first=place == 0)
             tracker.phase, tracker.module = "optimizer", ""
             optimizer.step()
-            self._name_states()
-            optimizer.zero_grad()
+            self._watcher.name_states()
+            if self._job.loop == "plain":
+                optimizer.zero_grad()
         return alive
 
-    # -- telling what is what ------------------------------------------------------------------------------------------
-
-    def _enter_hooks(self) -> None:
+    def _backward(self, *, first: bool) -> int:
         tracker = self._tracker
-
-        def name_module(name: str) -> Callable[..., None]:
-            def note(module: nn.Module, args: Any) -> None:
-                tracker.module = name
-
-            return note
-
-        for name, module in self._module.named_modules():
-            if name:
-                self._handles.append(module.register_forward_pre_hook(name_module(name)))
-
-        def complete(param: Tensor) -> None:
-            if param.grad is not None:
-                tracker.hold(param.grad, "gradients")
-            self._completed.append(self._names.get(param, ""))
-            tracker.order = len(self._completed)
-            tracker.phase = "optimizer"
-
-        for param in self._names:
-            if param.requires_grad:
-                self._handles.append(param.register_post_accumulate_grad_hook(complete))
-
-    def _leave_hooks(self) -> None:
-        """After the optimizer's own hooks, which were installed in between."""
-        tracker = self._tracker
-
-        def leave(param: Tensor) -> None:
-            self._name_states(param)
-            tracker.phase = "backward"
-            optimizer = self._optimizer
-            waiting = optimizer.hooks.waiting.get(param) if isinstance(optimizer, GaLoreOptimizer) else None
-            if waiting is not None:
-                tracker.hold(waiting.held, "gradients")
-
-        for param in self._names:
-            if param.requires_grad:
-                self._handles.append(param.register_post_accumulate_grad_hook(leave))
-
-    def _name_states(self, *params: Tensor) -> None:
-        for param in params or self._names:
-            for key, value in self._optimizer.state.get(param, {}).items():
-                category: Category = "bases" if state_keys.is_ours(key) else "moments"
-                self._tracker.hold(value, category)
-
-    def _where(self, moment: Moment) -> str:
-        if moment.phase == "forward":
-            return f"forward, {moment.module}" if moment.module else "forward"
-        done = moment.order
-        if moment.phase == "backward":
-            following = self._completed[done] if done < len(self._completed) else "the end"
-            return f"backward, before {following}"
-        if done < len(self._completed):
-            return f"backward, at {self._completed[done - 1]}"
-        return "optimizer step"
+        tracker.phase, tracker.module = "forward", ""
+        batch = fake_batch(self._job.batch, self._mode)
+        tracker.hold(_tensors(batch), "activations")
+        with self._job.autocast():
+            loss = self._job.step(self._module, batch)
+        alive = tracker.live["activations"]
+        if first and self._job.loop == "lightning":
+            self._optimizer.zero_grad()
+        tracker.phase = "backward"
+        loss.backward()
+        return alive
 
 
 def enable_checkpointing(module: nn.Module) -> None:

@@ -29,6 +29,12 @@ def strategy_settings(strategy: Any) -> GaLoreConfig:
     return GaLoreConfig(**named)
 
 
+def precision_named(precision: Any) -> str:
+    """A precision of the Trainer by its whole name."""
+    short = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    return short.get(str(precision), str(precision))
+
+
 def is_glue(model: Any) -> bool:
     """Whether a parsed model is a :class:`GlueModule`."""
     cls = resolve_name(model.class_path.rpartition(".")[0] + ":" + model.class_path.rpartition(".")[2])
