@@ -116,13 +116,18 @@ def training_loss(module: nn.Module, batch: Any) -> Tensor:
     """
     training_step = getattr(module, "training_step", None)
     if training_step is not None:
-        return _loss_in(training_step(batch, 0))
+        return loss_in(training_step(batch, 0))
     if isinstance(batch, Mapping):
-        return _loss_in(module(**batch))
-    return _loss_in(module(*batch) if isinstance(batch, (list, tuple)) else module(batch))
+        return loss_in(module(**batch))
+    return loss_in(module(*batch) if isinstance(batch, (list, tuple)) else module(batch))
 
 
-def _loss_in(output: Any) -> Tensor:
+def loss_in(output: Any) -> Tensor:
+    """The loss in what a training step returns, 0-D.
+
+    Raises:
+        ValueError: If there is none.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if isinstance(loss, (list, tuple)) and loss:
         loss = loss[0]

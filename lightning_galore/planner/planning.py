@@ -20,7 +20,7 @@ from lightning_galore.planner.sharing import Devices, Sharding, largest_layer_by
 from lightning_galore.planner.sources import Head, named_job
 
 #: Mistakes that make a candidate unavailable, without an end to the others.
-_UNAVAILABLE = (ValueError, ImportError, NotImplementedError)
+UNAVAILABLE = (ValueError, ImportError, NotImplementedError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def plan(
         fits = what_fits(
             job_of, columns, chosen, config, limit, where,
             rank_free="rank" not in settings and config.rank == GaLoreConfig().rank,
-            batch_size=batch_size or 1, batch_free=free, base=base,
+            recompute=ways_to_recompute(job, checkpointing), batch_size=batch_size or 1, batch_free=free, base=base,
         )  # fmt: skip
     return Plan(
         model=job.name,
@@ -250,7 +250,7 @@ def column_of(
         if job.batch is None:
             return replace(column, missing="activations and the peak are not known without a batch")
         peaks = list(_peaks(job, recipe, candidate, checkpointing, devices, largest))
-    except _UNAVAILABLE as error:
+    except UNAVAILABLE as error:
         return replace(column, missing=str(error))
     return replace(column, peaks=tuple(peaks))
 
@@ -258,10 +258,15 @@ def column_of(
 def _peaks(
     job: Job, recipe: Recipe, candidate: Candidate, checkpointing: bool | None, devices: Devices, largest: int
 ) -> Iterator[Peak]:
+    for recomputed in ways_to_recompute(job, checkpointing):
+        yield peak_of(job, recipe, candidate.mode, recomputed, devices, largest)
+
+
+def ways_to_recompute(job: Job, checkpointing: bool | None) -> tuple[bool, ...]:
+    """Without and with recomputed activations, as far as the user has not said and the model can."""
     able = any(getattr(part, "supports_gradient_checkpointing", False) for part in job.module.modules())
     both = (False, True) if able else (False,)
-    for recomputed in both if checkpointing is None else (checkpointing,):
-        yield peak_of(job, recipe, candidate.mode, recomputed, devices, largest)
+    return both if checkpointing is None else (checkpointing,)
 
 
 def peak_of(job: Job, recipe: Recipe, mode: Mode, checkpointing: bool, devices: Devices, largest: int) -> Peak:

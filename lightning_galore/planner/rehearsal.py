@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_galore import memory, storage
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
-from lightning_galore.planner.fakes import Job, fake_batch, fake_copy, fake_mode, quietly
+from lightning_galore.planner.fakes import Job, fake_batch, fake_copy, fake_mode, loss_in, quietly
 from lightning_galore.planner.tracker import Category, MemoryTracker, Moment
 from lightning_galore.planner.watching import Watcher
 from lightning_galore.targets import Target
@@ -209,7 +209,7 @@ class _Rehearsal:
         batch = fake_batch(self._job.batch, self._mode)
         tracker.hold(_tensors(batch), "activations")
         with self._job.autocast():
-            loss = self._job.step(self._module, batch)
+            loss = loss_in(self._job.step(self._module, batch))
         alive = tracker.live["activations"]
         if first and self._job.loop == "lightning":
             self._optimizer.zero_grad()

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.planner.candidates import Candidate
 from lightning_galore.planner.fakes import Job
-from lightning_galore.planner.planning import Column, Peak, peak_of
+from lightning_galore.planner.planning import UNAVAILABLE, Column, Peak, peak_of
 from lightning_galore.planner.rehearsal import footprint_of
 from lightning_galore.planner.sharing import Devices, largest_layer_bytes, on_each
 
@@ -49,13 +50,15 @@ def what_fits(
     devices: Devices,
     *,
     rank_free: bool,
+    recompute: Sequence[bool],
     batch_size: int,
     batch_free: bool,
     base: str | None = None,
 ) -> tuple[Fit, ...]:
     """For each candidate the least that must be given up: first nothing, then recomputing, then half the rank, ...
 
-    What the user has named stays. Then, if the batch size was left open, it is doubled as long as it fits.
+    What the user has named stays. A rank that was left open begins at a quarter of the short side. Then, if the batch
+    size was left open, it is doubled as long as it fits.
 
     Args:
         job_of: Makes what is trained, for a batch size.
@@ -65,6 +68,7 @@ def what_fits(
         budget: Bytes on each device.
         devices: How many.
         rank_free: Whether the rank may be lowered.
+        recompute: Whether activations may be: the ways to try, in this order.
         batch_size: The one that was planned.
         batch_free: Whether it may be raised.
         base: Another optimizer than the candidates'.
@@ -72,10 +76,11 @@ def what_fits(
     job = job_of(batch_size)
     found = []
     for candidate, column in zip(candidates, columns, strict=True):
-        if not column.peaks:
+        if job.batch is None:
             continue
-        search = _Search(candidate, budget, devices, base, largest_layer_bytes(job.module))
-        first = search.first(job, column, config, rank_free=rank_free and candidate.kind != "full")
+        search = _Search(candidate, budget, devices, base, largest_layer_bytes(job.module), recompute)
+        ranks = free_ranks(job) if rank_free and candidate.kind != "full" else [config.rank]
+        first = search.first(job, column, [config.with_settings(rank=rank) for rank in ranks], config.rank)
         if first is None:
             continue
         settings, peak = first
@@ -94,7 +99,7 @@ def what_fits(
                 batch_size=size if batch_free or batch_size > 1 else None,
                 checkpointing=peak.checkpointing,
                 total=peak.total,
-                trades=_trades(candidate, peak.checkpointing, rank, config.rank),
+                trades=_trades(candidate, peak.checkpointing, rank, ranks[0]),
             )
         )
     return tuple(found)
@@ -102,22 +107,37 @@ def what_fits(
 
 class _Search:
     def __init__(
-        self, candidate: Candidate, budget: int, devices: Devices, base: str | None, largest_layer: int
+        self,
+        candidate: Candidate,
+        budget: int,
+        devices: Devices,
+        base: str | None,
+        largest_layer: int,
+        recompute: Sequence[bool],
     ) -> None:
         self._candidate, self._budget, self._devices = candidate, budget, devices
-        self._base, self._largest = base, largest_layer
+        self._base, self._largest, self._recompute = base, largest_layer, recompute
 
     def first(
-        self, job: Job, column: Column, config: GaLoreConfig, *, rank_free: bool
+        self, job: Job, column: Column, choices: Sequence[GaLoreConfig], planned: int | float
     ) -> tuple[GaLoreConfig, Peak] | None:
-        """The first way that fits, with the least given up."""
-        able = [peak.checkpointing for peak in column.peaks]
-        for settings in self._lowered(config) if rank_free else iter((config,)):
-            peaks = column.peaks
-            if settings is not config:
-                if self._held(job, settings) > self._budget:  # no need to take a step
-                    continue
-                peaks = tuple(self.peak(job, settings, one) for one in able)
+        """The first choice that fits, without recomputing if possible.
+
+        Args:
+            job: What is trained.
+            column: What was planned at rank ``planned``.
+            choices: The widest first.
+            planned: A rank whose peaks are known.
+        """
+        for settings in choices:
+            peaks: Iterable[Peak] = column.peaks
+            try:
+                if settings.rank != planned:
+                    if self._held(job, settings) > self._budget:  # no need to take a step
+                        continue
+                    peaks = [self.peak(job, settings, recomputed) for recomputed in self._recompute]
+            except UNAVAILABLE:  # as the column says; a lower rank may do
+                continue
             for peak in peaks:
                 if peak.total <= self._budget:
                     return settings, peak
@@ -133,12 +153,19 @@ class _Search:
         each = on_each(alive, self._devices, mode=self._candidate.mode, gradients=0, largest_layer=self._largest)  # type: ignore[arg-type]
         return sum(each.values())
 
-    def _lowered(self, config: GaLoreConfig) -> Iterator[GaLoreConfig]:
-        yield config
-        rank = config.rank
-        while isinstance(rank, int) and rank // 2 >= LEAST_RANK:
-            rank //= 2
-            yield config.with_settings(rank=rank)
+
+def free_ranks(job: Job) -> list[int]:
+    """Ranks to choose among: a quarter of the most common short side of a matrix (as in the paper), its half, ...
+
+    Args:
+        job: What is trained.
+    """
+    sides = Counter(min(param.shape) for param in job.module.parameters() if param.ndim == 2)
+    rank = sides.most_common(1)[0][0] // 4 if sides else 0
+    ranks = [max(rank, LEAST_RANK)]
+    while ranks[-1] // 2 >= LEAST_RANK:
+        ranks.append(ranks[-1] // 2)
+    return ranks
 
 
 def _trades(candidate: Candidate, checkpointing: bool, rank: int | float | None, asked: int | float) -> str:
