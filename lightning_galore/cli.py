@@ -113,7 +113,9 @@ def _with_switches(args: list[str]) -> list[str]:
     """``--json`` alone means ``--json true``."""
     following = [*args[1:], "--"]
     switches = ("--json", "--download", "--bases_sharded", "--checkpointing")
-    bare = [arg in switches and after.lower() not in ("true", "false") for arg, after in zip(args, following, strict=True)]
+    bare = [
+        arg in switches and after.lower() not in ("true", "false") for arg, after in zip(args, following, strict=True)
+    ]
     return [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
 
 
@@ -125,7 +127,9 @@ def _read_recipe(path: str, options: PlanOptions) -> tuple[Job, GaLoreConfig]:
     config = strategy_settings(recipe.trainer.strategy)
     if is_glue(recipe.model):
         data = recipe.data.init_args if recipe.get("data") else None
-        return glue_job(recipe.model.init_args, data, options, precision=precision_named(recipe.trainer.precision)), config
+        return glue_job(
+            recipe.model.init_args, data, options, precision=precision_named(recipe.trainer.precision)
+        ), config
     cli = GaLoreCLI(args=args, run=False, prog=prog)
     return module_job(cli.model, options, precision=precision_named(cli.trainer.precision)), config
 

@@ -159,14 +159,14 @@ class MemoryMonitor(Callback):
         said = f"Memory: the peak of {self._steps(trainer)} steps was {_words(self.measured['peak'])}"
         parts = ", ".join(f"{name} {_words(size)}" for name, size in self.measured.items() if size and name != "peak")
         said += f" ({parts})"
-        if self.predicted is not None:
-            nearest = self._nearest(self._steps(trainer))
+        nearest = self._nearest(self._steps(trainer)) if self.predicted is not None else 0
+        if nearest:
             values["memory/predicted_bytes"] = float(nearest)
             said += f"; predicted {_words(nearest)}"
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         rank_zero_info(f"{said}.")
-        if self.predicted is not None and abs(self.measured["peak"] - nearest) > self.tolerance * nearest:
+        if self.predicted is not None and nearest and abs(self.measured["peak"] - nearest) > self.tolerance * nearest:
             more = self.measured["peak"] / nearest - 1
             rank_zero_warn(
                 f"The measured peak of memory, {_words(self.measured['peak'])}, is {abs(more):.0%} "
@@ -220,7 +220,7 @@ def _on_cuda(trainer: Trainer) -> dict[str, int]:
     """The allocator's peak; what is held between steps by name, the rest as one."""
     assert trainer.lightning_module is not None
     device = trainer.strategy.root_device
-    held = dict.fromkeys(CATEGORIES[:4], 0)
+    held: dict[str, int] = dict.fromkeys(CATEGORIES[:4], 0)
     held["weights"] = storage.nbytes([*trainer.lightning_module.parameters(), *trainer.lightning_module.buffers()])
     for optimizer in trainer.strategy.optimizers:
         if isinstance(optimizer, GaLoreOptimizer):

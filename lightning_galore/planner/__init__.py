@@ -3,8 +3,9 @@
 
 from lightning_galore.planner.candidates import CANDIDATES, Candidate
 from lightning_galore.planner.fakes import Job, training_loss
-from lightning_galore.planner.planning import Column, Peak, Plan, bytes_of, plan
+from lightning_galore.planner.planning import bytes_of, plan
 from lightning_galore.planner.rehearsal import Recipe, Rehearsed, rehearse
+from lightning_galore.planner.results import Column, Fit, Peak, Plan
 from lightning_galore.planner.sharing import Devices
 from lightning_galore.planner.sources import BUILT_IN, named_job
 from lightning_galore.planner.tracker import CATEGORIES, MemoryTracker, Moment
@@ -16,6 +17,7 @@ __all__ = [
     "Candidate",
     "Column",
     "Devices",
+    "Fit",
     "Job",
     "MemoryTracker",
     "Moment",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -22,15 +21,14 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
         self.base = base
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.down = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.up = nn.Parameter(torch.empty(base.out_features, rank, **like))
+        self.down = nn.Parameter(base.weight.new_empty(rank, base.in_features))
+        self.up = nn.Parameter(base.weight.new_empty(base.out_features, rank))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output and the adapter's."""
         low = nn.functional.linear(x, self.down)
-        return self.base(x) + nn.functional.linear(low, self.up)  # type: ignore[no-any-return]
+        return self.base(x) + nn.functional.linear(low, self.up)
 
 
 def adapt(module: nn.Module, config: GaLoreConfig) -> None:

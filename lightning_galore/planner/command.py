@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.planner.fakes import Job, Loop
-from lightning_galore.planner.planning import Plan, plan
+from lightning_galore.planner.planning import plan
+from lightning_galore.planner.results import Plan
 from lightning_galore.planner.sharing import Sharding
 from lightning_galore.planner.sources import Head
 from lightning_galore.planner.table import show

@@ -90,7 +90,7 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
     for tensor in [*module.parameters(), *module.buffers()]:
         # Int8 weights of an earlier run begin as what they stand for: a candidate decides anew.
         fake: Tensor = fake_tensor(tensor, mode, dtype if tensor.is_floating_point() else None)
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor, Int8Tensor):
+        if isinstance(tensor, (nn.Parameter, Int8Tensor)):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake
     return copy.deepcopy(module, memo)

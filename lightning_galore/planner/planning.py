@@ -4,123 +4,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
-from lightning_galore.config import GaLoreConfig, Mode
+from lightning_galore.config import GaLoreConfig
 from lightning_galore.planner.candidates import CANDIDATES, Candidate
+from lightning_galore.planner.columns import column_of, ways_to_recompute
 from lightning_galore.planner.fakes import Job, Loop, training_loss
-from lightning_galore.planner.rehearsal import Recipe, Rehearsed, footprint_of, refresh_workspace, rehearse
-from lightning_galore.planner.sharing import Devices, Sharding, largest_layer_bytes, on_each
+from lightning_galore.planner.results import Column, Plan
+from lightning_galore.planner.search import Question, what_fits
+from lightning_galore.planner.sharing import Devices, Sharding
 from lightning_galore.planner.sources import Head, named_job
-
-#: Mistakes that make a candidate unavailable, without an end to the others.
-UNAVAILABLE = (ValueError, ImportError, NotImplementedError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peak:
-    """The worst moment of a training step, on each device.
-
-    Args:
-        total: Bytes.
-        by_category: The same by category; ``workspace`` is what the optimizer needs for a moment, ``communication`` what
-            several devices add.
-        where: What runs at that moment.
-        step: ``first``, ``ordinary`` or ``refresh``: the step that it is in.
-        activations: Bytes that the forward pass leaves for backward.
-        checkpointing: Whether activations are recomputed.
-    """
-
-    total: int
-    by_category: Mapping[str, int]
-    where: str
-    step: str
-    activations: int
-    checkpointing: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One way to train, in bytes on each device.
-
-    Args:
-        name: The candidate's name.
-        label: Its heading.
-        mode: When gradients are projected and weights move.
-        weights: Parameters and buffers.
-        gradients: Alive after backward.
-        moments: State of the optimizer.
-        bases: Of projected weights.
-        refresh_workspace: Temporaries of the largest single refresh.
-        peaks: Without and with activation checkpointing, where known.
-        missing: Why there is no more than this.
-    """
-
-    name: str
-    label: str
-    mode: Mode
-    weights: int = 0
-    gradients: int = 0
-    moments: int = 0
-    bases: int = 0
-    refresh_workspace: int = 0
-    peaks: tuple[Peak, ...] = ()
-    missing: str = ""
-
-    @property
-    def least(self) -> Peak | None:
-        """The lower of the peaks."""
-        return min(self.peaks, key=lambda peak: peak.total, default=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What :func:`plan` has found; ``print(plan)`` shows it as a table.
-
-    Args:
-        model: Its name.
-        parameters: How many numbers are trained.
-        rank: Of the low-rank columns.
-        batch: What a batch is, in words.
-        precision: Of weights and operations.
-        devices: How many, and what they divide.
-        columns: The ways to train.
-        budget: Bytes on each device, if there is a limit.
-        fits: What fits into it.
-    """
-
-    model: str
-    parameters: int
-    rank: int | float
-    batch: str
-    precision: str
-    devices: Devices
-    columns: tuple[Column, ...]
-    budget: int | None = None
-    fits: tuple[Any, ...] = field(default=())
-
-    def column(self, name: str) -> Column:
-        """The column of a candidate."""
-        for column in self.columns:
-            if column.name == name:
-                return column
-        raise KeyError(f"{name!r} was not planned; there are {', '.join(column.name for column in self.columns)}.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as numbers and words, for JSON. Bytes."""
-        return asdict(self)
-
-    @override
-    def __str__(self) -> str:
-        from lightning_galore.planner.table import as_text
-
-        return as_text(self)
 
 
 def plan(
@@ -178,11 +76,11 @@ def plan(
         >>> [column.moments // 1000 for column in found.columns]
         [2103, 104]
     """
-    from lightning_galore.planner.search import what_fits
-
+    rank_named = "rank" in settings or (config is not None and config.rank != GaLoreConfig().rank)
     config = config.with_settings(**settings) if config else GaLoreConfig(**settings)
     where = Devices(count=devices, strategy=strategy, bases_sharded=bases_sharded)
     chosen = _chosen(candidates)
+    limit = None if budget is None else bytes_of(budget)
 
     def job_of(size: int) -> Job:
         if isinstance(model, Job):
@@ -190,108 +88,40 @@ def plan(
         if isinstance(model, nn.Module):
             name = type(model).__name__
             return Job(name=name, module=model, batch=batch, step=step, precision=precision, loop=loop)
-        named = precision or "bf16-true"
-        made = named_job(
-            model, batch_size=size, sequence_length=sequence_length, precision=named, head=head, download=download
-        )
+        tokens = {"batch_size": size, "sequence_length": sequence_length}
+        made = named_job(model, **tokens, precision=precision or "bf16-true", head=head, download=download)
         return replace(made, loop=loop)
 
     job = job_of(batch_size or 1)
     job.autocast()  # an unknown precision is no matter of one column
     columns = tuple(column_of(job, c, config, checkpointing, where, base=base) for c in chosen)
-    limit = None if budget is None else bytes_of(budget)
-    fits: tuple[Any, ...] = ()
-    if limit is not None:
-        free = isinstance(model, str) and batch_size is None
-        fits = what_fits(
-            job_of, columns, chosen, config, limit, where,
-            rank_free="rank" not in settings and config.rank == GaLoreConfig().rank,
-            recompute=ways_to_recompute(job, checkpointing), batch_size=batch_size or 1, batch_free=free, base=base,
-        )  # fmt: skip
+    found = _plan_of(job, config, where, columns)
+    if limit is None:
+        return found
+    question = Question(
+        job_of=job_of,
+        config=config,
+        devices=where,
+        budget=limit,
+        base=base,
+        rank_free=not rank_named,
+        recompute=ways_to_recompute(job, checkpointing),
+        batch_size=batch_size or 1,
+        batch_free=isinstance(model, str) and batch_size is None,
+    )
+    return replace(found, budget=limit, fits=what_fits(question, chosen, columns))
+
+
+def _plan_of(job: Job, config: GaLoreConfig, devices: Devices, columns: tuple[Column, ...]) -> Plan:
     return Plan(
         model=job.name,
         parameters=sum(param.numel() for param in job.module.parameters()),
         rank=config.rank,
         batch=_batch_in_words(job),
         precision=job.precision or "as the module is",
-        devices=where,
+        devices=devices,
         columns=columns,
-        budget=limit,
-        fits=fits,
     )
-
-
-def column_of(
-    job: Job,
-    candidate: Candidate,
-    config: GaLoreConfig,
-    checkpointing: bool | None,
-    devices: Devices,
-    *,
-    base: str | None = None,
-) -> Column:
-    """One way to train; what it cannot do is said in ``missing``.
-
-    Args:
-        job: What is trained.
-        candidate: How.
-        config: The user's settings.
-        checkpointing: Recompute activations; None for both.
-        devices: How many, and what they divide.
-        base: Another optimizer than the candidate's.
-    """
-    column = Column(name=candidate.name, label=candidate.label, mode=candidate.mode)
-    try:
-        recipe = candidate.recipe(config, base)
-        held = footprint_of(job, recipe)
-        largest = largest_layer_bytes(job.module)
-        column = replace(column, refresh_workspace=refresh_workspace(job, recipe))
-        column = replace(column, **_held_on_each(asdict(held), devices, candidate.mode, largest))
-        if job.batch is None:
-            return replace(column, missing="activations and the peak are not known without a batch")
-        peaks = list(_peaks(job, recipe, candidate, checkpointing, devices, largest))
-    except UNAVAILABLE as error:
-        return replace(column, missing=str(error))
-    return replace(column, peaks=tuple(peaks))
-
-
-def _peaks(
-    job: Job, recipe: Recipe, candidate: Candidate, checkpointing: bool | None, devices: Devices, largest: int
-) -> Iterator[Peak]:
-    for recomputed in ways_to_recompute(job, checkpointing):
-        yield peak_of(job, recipe, candidate.mode, recomputed, devices, largest)
-
-
-def ways_to_recompute(job: Job, checkpointing: bool | None) -> tuple[bool, ...]:
-    """Without and with recomputed activations, as far as the user has not said and the model can."""
-    able = any(getattr(part, "supports_gradient_checkpointing", False) for part in job.module.modules())
-    both = (False, True) if able else (False,)
-    return both if checkpointing is None else (checkpointing,)
-
-
-def peak_of(job: Job, recipe: Recipe, mode: Mode, checkpointing: bool, devices: Devices, largest: int) -> Peak:
-    """The worst moment of one way to train, on each device."""
-    found: Rehearsed = rehearse(job, recipe, checkpointing=checkpointing, shares=devices.shares)
-    each = on_each(
-        found.peak.by_category,
-        devices,
-        mode=mode,
-        gradients=found.footprint.gradients,
-        largest_layer=largest,
-    )
-    return Peak(
-        total=sum(each.values()),
-        by_category=each,
-        where=found.where,
-        step=found.step,
-        activations=found.activations,
-        checkpointing=checkpointing,
-    )
-
-
-def _held_on_each(held: Mapping[str, int], devices: Devices, mode: Mode, largest: int) -> dict[str, int]:
-    each = on_each(held, devices, mode=mode, gradients=held["gradients"], largest_layer=largest)  # type: ignore[arg-type]
-    return {name: each[name] for name in ("weights", "gradients", "moments", "bases")}
 
 
 def _chosen(names: Collection[str] | None) -> Sequence[Candidate]:

@@ -16,7 +16,7 @@ from lightning_galore import memory, storage
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.planner.fakes import Job, fake_batch, fake_copy, fake_mode, loss_in, quietly
-from lightning_galore.planner.tracker import Category, MemoryTracker, Moment
+from lightning_galore.planner.tracker import MemoryTracker, Moment
 from lightning_galore.planner.watching import Watcher
 from lightning_galore.targets import Target
 
@@ -60,7 +60,7 @@ class Rehearsed:
 
 
 def rehearse(
-    job: Job, recipe: Recipe, *, checkpointing: bool = False, shares: Mapping[Category, float] | None = None
+    job: Job, recipe: Recipe, *, checkpointing: bool = False, shares: Mapping[str, float] | None = None
 ) -> Rehearsed:
     """Take the first steps of a training run on fakes: nothing of the model's size is allocated.
 
@@ -114,12 +114,12 @@ def refresh_workspace(job: Job, recipe: Recipe) -> int:
 
 
 def _sum_of_largest(module: nn.Module, batch: Tensor) -> Tensor:
-    return module.get_submodule("largest")(batch).sum()  # type: ignore[no-any-return]
+    return module.get_submodule("largest")(batch).sum()
 
 
 class _Rehearsal:
     def __init__(
-        self, job: Job, recipe: Recipe, *, checkpointing: bool, shares: Mapping[Category, float] | None = None
+        self, job: Job, recipe: Recipe, *, checkpointing: bool, shares: Mapping[str, float] | None = None
     ) -> None:
         self._job, self._recipe = job, recipe
         self._mode = fake_mode()
@@ -239,4 +239,3 @@ def enable_checkpointing(module: nn.Module) -> None:
 
 def _tensors(batch: Any) -> Any:
     return batch if isinstance(batch, (Tensor, dict, list, tuple)) else []
-

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.planner.candidates import Candidate
+from lightning_galore.planner.columns import UNAVAILABLE, peak_of
 from lightning_galore.planner.fakes import Job
-from lightning_galore.planner.planning import UNAVAILABLE, Column, Peak, peak_of
 from lightning_galore.planner.rehearsal import footprint_of
+from lightning_galore.planner.results import Column, Fit, Peak
 from lightning_galore.planner.sharing import Devices, largest_layer_bytes, on_each
 
 LEAST_RANK = 8
@@ -19,139 +20,110 @@ MOST_DOUBLINGS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """A way to train that fits.
+class Question:
+    """What must fit, and what may be changed for that.
 
     Args:
-        name: The candidate.
-        label: Its heading.
-        rank: Of the low-rank ones, None for the others.
-        batch_size: Sequences a batch, None where the batch was given.
-        checkpointing: Whether activations are recomputed.
-        total: Bytes at the peak.
-        trades: What it gives up for that, in words.
+        job_of: Makes what is trained, for a batch size.
+        config: The settings.
+        devices: How many.
+        budget: Bytes on each of them.
+        base: Another optimizer than the candidates'.
+        rank_free: Whether the rank may be chosen.
+        recompute: Whether activations may be: the ways to try, in this order.
+        batch_size: The one that was planned.
+        batch_free: Whether it may be raised.
     """
 
-    name: str
-    label: str
-    rank: int | float | None
-    batch_size: int | None
-    checkpointing: bool
-    total: int
-    trades: str
+    job_of: Callable[[int], Job]
+    config: GaLoreConfig
+    devices: Devices
+    budget: int
+    base: str | None
+    rank_free: bool
+    recompute: Sequence[bool]
+    batch_size: int
+    batch_free: bool
 
 
-def what_fits(
-    job_of: Callable[[int], Job],
-    columns: Sequence[Column],
-    candidates: Sequence[Candidate],
-    config: GaLoreConfig,
-    budget: int,
-    devices: Devices,
-    *,
-    rank_free: bool,
-    recompute: Sequence[bool],
-    batch_size: int,
-    batch_free: bool,
-    base: str | None = None,
-) -> tuple[Fit, ...]:
+def what_fits(question: Question, candidates: Sequence[Candidate], columns: Sequence[Column]) -> tuple[Fit, ...]:
     """For each candidate the least that must be given up: first nothing, then recomputing, then half the rank, ...
 
     What the user has named stays. A rank that was left open begins at a quarter of the short side. Then, if the batch
     size was left open, it is doubled as long as it fits.
 
     Args:
-        job_of: Makes what is trained, for a batch size.
-        columns: What was planned already, one for each candidate.
-        candidates: In the order of the columns.
-        config: The settings.
-        budget: Bytes on each device.
-        devices: How many.
-        rank_free: Whether the rank may be lowered.
-        recompute: Whether activations may be: the ways to try, in this order.
-        batch_size: The one that was planned.
-        batch_free: Whether it may be raised.
-        base: Another optimizer than the candidates'.
+        question: What must fit.
+        candidates: Ways to train.
+        columns: What was planned of them already, in the same order.
     """
-    job = job_of(batch_size)
-    found = []
-    for candidate, column in zip(candidates, columns, strict=True):
-        if job.batch is None:
-            continue
-        search = _Search(candidate, budget, devices, base, largest_layer_bytes(job.module), recompute)
-        ranks = free_ranks(job) if rank_free and candidate.kind != "full" else [config.rank]
-        first = search.first(job, column, [config.with_settings(rank=rank) for rank in ranks], config.rank)
-        if first is None:
-            continue
-        settings, peak = first
-        size = batch_size
-        for doubled in [batch_size * 2**k for k in range(1, MOST_DOUBLINGS + 1)] if batch_free else []:
-            larger = search.peak(job_of(doubled), settings, peak.checkpointing)
-            if larger.total > budget:
-                break
-            size, peak = doubled, larger
-        rank = None if candidate.kind == "full" else settings.rank
-        found.append(
-            Fit(
-                name=candidate.name,
-                label=candidate.label,
-                rank=rank,
-                batch_size=size if batch_free or batch_size > 1 else None,
-                checkpointing=peak.checkpointing,
-                total=peak.total,
-                trades=_trades(candidate, peak.checkpointing, rank, ranks[0]),
-            )
-        )
-    return tuple(found)
+    job = question.job_of(question.batch_size)
+    if job.batch is None:
+        return ()
+    largest = largest_layer_bytes(job.module)
+    found = (
+        _Search(question, candidate, largest).fit(job, column)
+        for candidate, column in zip(candidates, columns, strict=True)
+    )
+    return tuple(fit for fit in found if fit is not None)
 
 
 class _Search:
-    def __init__(
-        self,
-        candidate: Candidate,
-        budget: int,
-        devices: Devices,
-        base: str | None,
-        largest_layer: int,
-        recompute: Sequence[bool],
-    ) -> None:
-        self._candidate, self._budget, self._devices = candidate, budget, devices
-        self._base, self._largest, self._recompute = base, largest_layer, recompute
+    def __init__(self, question: Question, candidate: Candidate, largest_layer: int) -> None:
+        self._question, self._candidate, self._largest = question, candidate, largest_layer
 
-    def first(
-        self, job: Job, column: Column, choices: Sequence[GaLoreConfig], planned: int | float
-    ) -> tuple[GaLoreConfig, Peak] | None:
-        """The first choice that fits, without recomputing if possible.
+    def fit(self, job: Job, column: Column) -> Fit | None:
+        """The candidate as it fits, or None."""
+        question, candidate = self._question, self._candidate
+        config, low_rank = question.config, candidate.kind != "full"
+        ranks = free_ranks(job) if question.rank_free and low_rank else [config.rank]
+        first = self._first(job, column, [config.with_settings(rank=rank) for rank in ranks])
+        if first is None:
+            return None
+        settings, peak = first
+        size = question.batch_size
+        for doubled in [size * 2**k for k in range(1, MOST_DOUBLINGS + 1)] if question.batch_free else []:
+            larger = self._peak(question.job_of(doubled), settings, peak.checkpointing)
+            if larger.total > question.budget:
+                break
+            size, peak = doubled, larger
+        rank = settings.rank if low_rank else None
+        return Fit(
+            name=candidate.name,
+            label=candidate.label,
+            rank=rank,
+            batch_size=size if question.batch_free or size > 1 else None,
+            checkpointing=peak.checkpointing,
+            total=peak.total,
+            trades=_trades(candidate, peak.checkpointing, rank, ranks[0]),
+        )
 
-        Args:
-            job: What is trained.
-            column: What was planned at rank ``planned``.
-            choices: The widest first.
-            planned: A rank whose peaks are known.
-        """
+    def _first(self, job: Job, column: Column, choices: Sequence[GaLoreConfig]) -> tuple[GaLoreConfig, Peak] | None:
+        """The first choice that fits, without recomputing if possible; the widest come first."""
         for settings in choices:
-            peaks: Iterable[Peak] = column.peaks
             try:
-                if settings.rank != planned:
-                    if self._held(job, settings) > self._budget:  # no need to take a step
-                        continue
-                    peaks = [self.peak(job, settings, recomputed) for recomputed in self._recompute]
+                if settings.rank == self._question.config.rank:
+                    peaks: Iterable[Peak] = column.peaks
+                elif self._held(job, settings) > self._question.budget:  # no need to take a step
+                    continue
+                else:
+                    peaks = [self._peak(job, settings, recomputed) for recomputed in self._question.recompute]
             except UNAVAILABLE:  # as the column says; a lower rank may do
                 continue
             for peak in peaks:
-                if peak.total <= self._budget:
+                if peak.total <= self._question.budget:
                     return settings, peak
         return None
 
-    def peak(self, job: Job, config: GaLoreConfig, checkpointing: bool) -> Peak:
-        recipe = self._candidate.recipe(config, self._base)
-        return peak_of(job, recipe, self._candidate.mode, checkpointing, self._devices, self._largest)
+    def _peak(self, job: Job, config: GaLoreConfig, checkpointing: bool) -> Peak:
+        recipe = self._candidate.recipe(config, self._question.base)
+        return peak_of(job, recipe, self._candidate.mode, checkpointing, self._question.devices, self._largest)
 
     def _held(self, job: Job, config: GaLoreConfig) -> int:
-        held = footprint_of(job, self._candidate.recipe(config, self._base))
+        held = footprint_of(job, self._candidate.recipe(config, self._question.base))
         alive = {"weights": held.weights, "moments": held.moments, "bases": held.bases}
-        each = on_each(alive, self._devices, mode=self._candidate.mode, gradients=0, largest_layer=self._largest)  # type: ignore[arg-type]
-        return sum(each.values())
+        devices, mode = self._question.devices, self._candidate.mode
+        return sum(on_each(alive, devices, mode=mode, gradients=0, largest_layer=self._largest).values())
 
 
 def free_ranks(job: Job) -> list[int]:

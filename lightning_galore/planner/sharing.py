@@ -11,7 +11,6 @@ from torch import nn
 
 from lightning_galore import storage
 from lightning_galore.config import Mode
-from lightning_galore.planner.tracker import Category
 
 Sharding = Literal["ddp", "fsdp2"]
 
@@ -40,16 +39,16 @@ class Devices:
             raise ValueError(f"strategy={self.strategy!r} is not known to the planner; choose 'ddp' or 'fsdp2'.")
 
     @property
-    def shares(self) -> dict[Category, float]:
+    def shares(self) -> dict[str, float]:
         """What part of a category one device holds, where it is not all of it."""
         if self.strategy != "fsdp2" or self.count == 1:
             return {}
-        divided: list[Category] = ["weights", "gradients", "moments"]
+        divided = ["weights", "gradients", "moments"]
         return dict.fromkeys(divided + (["bases"] if self.bases_sharded else []), 1 / self.count)
 
 
 def on_each(
-    held: Mapping[Category, int], devices: Devices, *, mode: Mode, gradients: int, largest_layer: int
+    held: Mapping[str, int], devices: Devices, *, mode: Mode, gradients: int, largest_layer: int
 ) -> dict[str, int]:
     """Bytes on each device, from the bytes of a single one at the same moment (docs/distributed.md).
 

@@ -77,8 +77,8 @@ def named_job(
     """A Transformers model by name, and a batch of tokens for it.
 
     Args:
-        name: A name of ``BUILT_IN``, a ``config.json`` or the folder that holds it, a model type (``"gpt2"``: the shapes
-            that Transformers gives it by default), or a name on the Hugging Face hub whose ``config.json`` is cached.
+        name: A name of ``BUILT_IN``, a ``config.json`` or the folder that holds it, a model type (``"gpt2"``: its
+            default shapes in Transformers), or a name on the Hugging Face hub whose ``config.json`` is cached.
         batch_size: Sequences a batch.
         sequence_length: Tokens a sequence.
         precision: A key of ``PRECISIONS``.
@@ -119,9 +119,7 @@ def _from_files(transformers: Any, name: str, *, download: bool, settings: dict[
         return auto.for_model(name, **settings)
     try:
         # A file alone may have any name; the rest of a folder or of the hub is never read.
-        return auto.from_pretrained(
-            name, local_files_only=local or not download, trust_remote_code=False, **settings
-        )
+        return auto.from_pretrained(name, local_files_only=local or not download, trust_remote_code=False, **settings)
     except (OSError, ValueError) as error:
         remedy = (
             "Give a config.json with a model_type that Transformers knows; code that comes with a model is never run."
@@ -154,7 +152,7 @@ def bare_model(config: Any, head: Head) -> nn.Module:
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("meta"):
-            return getattr(transformers, _AUTO_CLASSES[head]).from_config(config)  # type: ignore[no-any-return]
+            return getattr(transformers, _AUTO_CLASSES[head]).from_config(config)
     finally:
         torch.set_default_dtype(before)
 

@@ -7,7 +7,7 @@ import io
 from importlib import import_module
 from typing import Any
 
-from lightning_galore.planner.planning import Column, Peak, Plan
+from lightning_galore.planner.results import Column, Peak, Plan
 
 GIB = 2**30
 
@@ -30,10 +30,8 @@ def show(plan: Plan, console: Any) -> None:
     where = ""
     if plan.devices.count > 1:
         where = f", on each of {plan.devices.count} devices ({plan.devices.strategy})"
-    console.print(
-        f"{plan.model}: {plan.parameters / 1e6:,.1f} M parameters, {plan.precision}, {plan.batch}, rank {plan.rank}{where}",
-        soft_wrap=True,
-    )
+    what = f"{plan.parameters / 1e6:,.1f} M parameters, {plan.precision}, {plan.batch}, rank {plan.rank}"
+    console.print(f"{plan.model}: {what}{where}", soft_wrap=True)
     console.print(_columns(plan))
     for reason in dict.fromkeys(column.missing for column in plan.columns if column.missing):
         without = [column.label for column in plan.columns if column.missing == reason]
@@ -64,9 +62,12 @@ def _columns(plan: Plan) -> Any:
             continue
         table.add_section()
         title = "recomputed" if recomputed else ""
-        table.add_row(f"activations {title}", *(_number(p and p.activations, unit) for p in peaks))
-        table.add_row(f"PEAK {title}", *(_number(p and p.total, unit) for p in peaks), style="bold")
-        table.add_row(f"  in {decimal_name} ({decimal:.0e})".replace("e+0", "e"), *(_number(p and p.total, decimal) for p in peaks))
+        table.add_row(f"activations {title}", *(_number(p.activations if p else None, unit) for p in peaks))
+        table.add_row(f"PEAK {title}", *(_number(p.total if p else None, unit) for p in peaks), style="bold")
+        table.add_row(
+            f"  in {decimal_name} ({decimal:.0e})".replace("e+0", "e"),
+            *(_number(p.total if p else None, decimal) for p in peaks),
+        )
         table.add_row("  when", *(_when(p) if p else "-" for p in peaks))
     return table
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,7 +36,7 @@ class Moment:
     """
 
     total: int = 0
-    by_category: Mapping[Category, int]
+    by_category: Mapping[str, int]
     phase: Phase = "forward"
     order: int = 0
     module: str = ""
@@ -59,17 +58,16 @@ class MemoryTracker(TorchDispatchMode):
             with that. All of it, where nothing is said.
     """
 
-    def __init__(self, *, answers: bool = False, shares: Mapping[Category, float] | None = None) -> None:
+    def __init__(self, *, answers: bool = False, shares: Mapping[str, float] | None = None) -> None:
         super().__init__()
         self._answers = answers
-        self._shares = dict(shares or {})
+        self._shares: dict[str, float] = dict(shares or {})
         self._held: dict[int, tuple[int, Category]] = {}
         self._foreign: set[int] = set()
-        self._born: list[int] | None = None
-        self.live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
+        self.live: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self.total = 0
         self.peak = NOTHING
-        self.most: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
+        self.most: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self.phase: Phase = "forward"
         self.order = 0
         self.module = ""
@@ -94,24 +92,6 @@ class MemoryTracker(TorchDispatchMode):
             self.live[before] -= size
             self.live[category] += size
         self._look()
-
-    @contextmanager
-    def births(self) -> Iterator[list[int]]:
-        """Collect what is allocated inside, for :meth:`rename`."""
-        outer, self._born = self._born, []
-        try:
-            yield self._born
-        finally:
-            self._born = outer
-
-    def rename(self, born: Sequence[int], before: Category, after: Category) -> None:
-        """Let what is still alive of ``born``, and of category ``before``, count as ``after``."""
-        for key in born:
-            if key in self._held and self._held[key][1] == before:
-                size = self._held[key][0]
-                self._held[key] = size, after
-                self.live[before] -= size
-                self.live[after] += size
 
     @override
     def __torch_dispatch__(
@@ -149,8 +129,6 @@ class MemoryTracker(TorchDispatchMode):
         self._held[key] = size, category
         self.live[category] += size
         self.total += size
-        if self._born is not None:
-            self._born.append(key)
         weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:

@@ -26,7 +26,7 @@ class Watcher:
     def __init__(self, tracker: MemoryTracker, module: nn.Module) -> None:
         self._tracker = tracker
         self._module = module
-        self._names = {param: name for name, param in module.named_parameters()}
+        self._names: dict[Tensor, str] = {param: name for name, param in module.named_parameters()}
         self._optimizers: Sequence[Optimizer] = ()
         self._handles: list[RemovableHandle] = []
         #: Names of the parameters whose gradients are complete, in that order.

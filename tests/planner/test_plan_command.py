@@ -40,9 +40,7 @@ def test_a_recipe_without_its_data_and_weights(spelling: list[str], capsys: pyte
 
 
 def test_options_win_over_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    found = planned(
-        capsys, str(RECIPES / "glue" / "rte_r4.yaml"), "--rank=2", "--batch_size=3", "--sequence_length=32"
-    )
+    found = planned(capsys, str(RECIPES / "glue" / "rte_r4.yaml"), "--rank=2", "--batch_size=3", "--sequence_length=32")
     assert (found["model"], found["rank"], found["batch"]) == ("roberta-base", 2, "3 x 32 tokens")
 
 

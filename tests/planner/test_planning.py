@@ -118,7 +118,12 @@ def test_the_paper_sums_of_fsdp2() -> None:
 
     for candidate, expected in ((CANDIDATES[0], 6.28), (CANDIDATES[2], 5.76)):
         held = footprint_of(job, candidate.recipe(GaLoreConfig(rank=1024)))
-        categories = {"weights": held.weights, "gradients": held.gradients, "moments": held.moments, "bases": held.bases}
+        categories = {
+            "weights": held.weights,
+            "gradients": held.gradients,
+            "moments": held.moments,
+            "bases": held.bases,
+        }
         each = on_each(categories, devices, mode="step", gradients=0, largest_layer=0)  # type: ignore[arg-type]
         assert sum(each.values()) / 2**30 == pytest.approx(expected, abs=0.006)
 
@@ -128,14 +133,20 @@ def test_the_paper_sums_of_fsdp2() -> None:
 
 def test_budget_keeps_what_was_named_and_raises_the_batch(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    options: dict[str, Any] = {"sequence_length": 32, "candidates": ["adamw", "galore-layerwise"], "precision": "32-true"}
+    options: dict[str, Any] = {
+        "sequence_length": 32,
+        "candidates": ["adamw", "galore-layerwise"],
+        "precision": "32-true",
+    }
     name = tiny_config(tmp_path)
     open_, named = (plan(name, budget="6MB", **options, **extra) for extra in ({}, {"batch_size": 2, "rank": 4}))
     for fit in open_.fits:
         assert fit.total <= 6_000_000
         assert fit.batch_size is not None
         assert fit.batch_size > 1
-        larger = plan(name, batch_size=2 * fit.batch_size, rank=fit.rank or 8, checkpointing=fit.checkpointing, **options)
+        larger = plan(
+            name, batch_size=2 * fit.batch_size, rank=fit.rank or 8, checkpointing=fit.checkpointing, **options
+        )
         peak = larger.column(fit.name).least
         assert peak is not None
         assert peak.total > 6_000_000
@@ -183,7 +194,9 @@ def test_bytes_of_refuses(text: Any) -> None:
 # -- models by name ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "millions"), [("llama-60m", 58), ("llama-1b", 1339), ("llama-7b", 6738), ("roberta-base", 125)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("llama-60m", 58), ("llama-1b", 1339), ("llama-7b", 6738), ("roberta-base", 125)]
+)
 def test_built_in_shapes(name: str, millions: int) -> None:
     pytest.importorskip("transformers")
     module = named_job(name, batch_size=1, sequence_length=8).module

@@ -63,7 +63,7 @@ def test_peaks_of_a_plain_loop(name: str) -> None:
 
 
 def test_another_optimizer_has_other_temporaries() -> None:
-    """torch's loop over parameters makes two of a weight's size, which the fused kernel does not."""
+    """The loop of torch over parameters makes two of a weight's size, which the fused kernel does not."""
     one = plainly(job("llama", 2, 16))
     assert_peaks(one, recipe("adamw", "adamw"))
     fused, loop = (rehearse(one, recipe("adamw", base)) for base in ("adamwfused", "adamw"))
