@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.planner.candidates import CANDIDATES, Candidate
-from lightning_galore.planner.columns import column_of, ways_to_recompute
-from lightning_galore.planner.fakes import Job, Loop, training_loss
-from lightning_galore.planner.results import Column, Plan
+from lightning_galore.planner.columns import column_of
+from lightning_galore.planner.fakes import Job, Loop, Step, training_loss
+from lightning_galore.planner.results import Plan
 from lightning_galore.planner.search import Question, what_fits
 from lightning_galore.planner.sharing import Devices, Sharding
 from lightning_galore.planner.sources import Head, named_job
@@ -26,7 +27,7 @@ def plan(
     config: GaLoreConfig | None = None,
     *,
     batch: Any = None,
-    step: Callable[[nn.Module, Any], Tensor] = training_loss,
+    step: Step = training_loss,
     batch_size: int | None = None,
     sequence_length: int = 512,
     precision: str | None = None,
@@ -77,42 +78,45 @@ def plan(
         [2103, 104]
     """
     rank_named = "rank" in settings or (config is not None and config.rank != GaLoreConfig().rank)
-    config = config.with_settings(**settings) if config else GaLoreConfig(**settings)
-    where = Devices(count=devices, strategy=strategy, bases_sharded=bases_sharded)
-    chosen = _chosen(candidates)
-    limit = None if budget is None else bytes_of(budget)
-
-    def job_of(size: int) -> Job:
-        if isinstance(model, Job):
-            return model
-        if isinstance(model, nn.Module):
-            name = type(model).__name__
-            return Job(name=name, module=model, batch=batch, step=step, precision=precision, loop=loop)
-        tokens = {"batch_size": size, "sequence_length": sequence_length}
-        made = named_job(model, **tokens, precision=precision or "bf16-true", head=head, download=download)
-        return replace(made, loop=loop)
-
-    job = job_of(batch_size or 1)
-    job.autocast()  # an unknown precision is no matter of one column
-    columns = tuple(column_of(job, c, config, checkpointing, where, base=base) for c in chosen)
-    found = _plan_of(job, config, where, columns)
-    if limit is None:
-        return found
+    tokens = {"sequence_length": sequence_length, "head": head, "download": download}
     question = Question(
-        job_of=job_of,
-        config=config,
-        devices=where,
-        budget=limit,
+        job_of=partial(_job, model, batch, step, precision, loop, tokens),
+        config=config.with_settings(**settings) if config else GaLoreConfig(**settings),
+        devices=Devices(count=devices, strategy=strategy, bases_sharded=bases_sharded),
+        budget=None if budget is None else bytes_of(budget),
         base=base,
         rank_free=not rank_named,
-        recompute=ways_to_recompute(job, checkpointing),
+        checkpointing=checkpointing,
         batch_size=batch_size or 1,
         batch_free=isinstance(model, str) and batch_size is None,
     )
-    return replace(found, budget=limit, fits=what_fits(question, chosen, columns))
+    return _answer(question, _chosen(candidates))
 
 
-def _plan_of(job: Job, config: GaLoreConfig, devices: Devices, columns: tuple[Column, ...]) -> Plan:
+def _job(
+    model: nn.Module | str | Job,
+    batch: Any,
+    step: Step,
+    precision: str | None,
+    loop: Loop,
+    tokens: Mapping[str, Any],
+    size: int,
+) -> Job:
+    """What is trained with ``size`` sequences a batch, where that is left to us."""
+    if isinstance(model, Job):
+        return model
+    if isinstance(model, nn.Module):
+        name = type(model).__name__
+        return Job(name=name, module=model, batch=batch, step=step, precision=precision, loop=loop)
+    return replace(named_job(model, batch_size=size, precision=precision or "bf16-true", **tokens), loop=loop)
+
+
+def _answer(question: Question, chosen: Sequence[Candidate]) -> Plan:
+    job, config, devices = question.job_of(question.batch_size), question.config, question.devices
+    job.autocast()  # an unknown precision is no matter of one column
+    columns = tuple(
+        column_of(job, candidate, config, question.checkpointing, devices, base=question.base) for candidate in chosen
+    )
     return Plan(
         model=job.name,
         parameters=sum(param.numel() for param in job.module.parameters()),
@@ -121,6 +125,8 @@ def _plan_of(job: Job, config: GaLoreConfig, devices: Devices, columns: tuple[Co
         precision=job.precision or "as the module is",
         devices=devices,
         columns=columns,
+        budget=question.budget,
+        fits=() if question.budget is None else what_fits(question, question.budget, chosen, columns),
     )
 
 

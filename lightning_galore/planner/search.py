@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.planner.candidates import Candidate
-from lightning_galore.planner.columns import UNAVAILABLE, peak_of
+from lightning_galore.planner.columns import UNAVAILABLE, peak_of, ways_to_recompute
 from lightning_galore.planner.fakes import Job
 from lightning_galore.planner.rehearsal import footprint_of
 from lightning_galore.planner.results import Column, Fit, Peak
@@ -27,10 +27,10 @@ class Question:
         job_of: Makes what is trained, for a batch size.
         config: The settings.
         devices: How many.
-        budget: Bytes on each of them.
+        budget: Bytes on each of them; None for no limit.
         base: Another optimizer than the candidates'.
         rank_free: Whether the rank may be chosen.
-        recompute: Whether activations may be: the ways to try, in this order.
+        checkpointing: Whether activations are recomputed; None for both.
         batch_size: The one that was planned.
         batch_free: Whether it may be raised.
     """
@@ -38,15 +38,17 @@ class Question:
     job_of: Callable[[int], Job]
     config: GaLoreConfig
     devices: Devices
-    budget: int
+    budget: int | None
     base: str | None
     rank_free: bool
-    recompute: Sequence[bool]
+    checkpointing: bool | None
     batch_size: int
     batch_free: bool
 
 
-def what_fits(question: Question, candidates: Sequence[Candidate], columns: Sequence[Column]) -> tuple[Fit, ...]:
+def what_fits(
+    question: Question, budget: int, candidates: Sequence[Candidate], columns: Sequence[Column]
+) -> tuple[Fit, ...]:
     """For each candidate the least that must be given up: first nothing, then recomputing, then half the rank, ...
 
     What the user has named stays. A rank that was left open begins at a quarter of the short side. Then, if the batch
@@ -54,6 +56,7 @@ def what_fits(question: Question, candidates: Sequence[Candidate], columns: Sequ
 
     Args:
         question: What must fit.
+        budget: Into how many bytes, on each device.
         candidates: Ways to train.
         columns: What was planned of them already, in the same order.
     """
@@ -62,15 +65,16 @@ def what_fits(question: Question, candidates: Sequence[Candidate], columns: Sequ
         return ()
     largest = largest_layer_bytes(job.module)
     found = (
-        _Search(question, candidate, largest).fit(job, column)
+        _Search(question, budget, candidate, largest).fit(job, column)
         for candidate, column in zip(candidates, columns, strict=True)
     )
     return tuple(fit for fit in found if fit is not None)
 
 
 class _Search:
-    def __init__(self, question: Question, candidate: Candidate, largest_layer: int) -> None:
-        self._question, self._candidate, self._largest = question, candidate, largest_layer
+    def __init__(self, question: Question, budget: int, candidate: Candidate, largest_layer: int) -> None:
+        self._question, self._budget = question, budget
+        self._candidate, self._largest = candidate, largest_layer
 
     def fit(self, job: Job, column: Column) -> Fit | None:
         """The candidate as it fits, or None."""
@@ -84,7 +88,7 @@ class _Search:
         size = question.batch_size
         for doubled in [size * 2**k for k in range(1, MOST_DOUBLINGS + 1)] if question.batch_free else []:
             larger = self._peak(question.job_of(doubled), settings, peak.checkpointing)
-            if larger.total > question.budget:
+            if larger.total > self._budget:
                 break
             size, peak = doubled, larger
         rank = settings.rank if low_rank else None
@@ -104,16 +108,19 @@ class _Search:
             try:
                 if settings.rank == self._question.config.rank:
                     peaks: Iterable[Peak] = column.peaks
-                elif self._held(job, settings) > self._question.budget:  # no need to take a step
+                elif self._held(job, settings) > self._budget:  # no need to take a step
                     continue
                 else:
-                    peaks = [self._peak(job, settings, recomputed) for recomputed in self._question.recompute]
+                    peaks = [self._peak(job, settings, recomputed) for recomputed in self._ways(job)]
             except UNAVAILABLE:  # as the column says; a lower rank may do
                 continue
             for peak in peaks:
-                if peak.total <= self._question.budget:
+                if peak.total <= self._budget:
                     return settings, peak
         return None
+
+    def _ways(self, job: Job) -> tuple[bool, ...]:
+        return ways_to_recompute(job, self._question.checkpointing)
 
     def _peak(self, job: Job, config: GaLoreConfig, checkpointing: bool) -> Peak:
         recipe = self._candidate.recipe(config, self._question.base)
