@@ -26,7 +26,7 @@ class MemoryMonitor(Callback):
     """Measures the peak of memory in training and says how it compares with the plan.
 
     On CUDA the peak is the allocator's (``torch.cuda.max_memory_allocated``), of all steps: it costs nothing. On a CPU,
-    with ``track=True``, each operation of the first steps is watched, which makes them several times slower. Logged as
+    with ``track=True``, each operation of the first steps is watched, which slows them down. Logged as
     ``memory/peak_bytes``, ``memory/predicted_bytes`` and, by category, ``memory/weights_bytes`` and so on.
 
     Args:
