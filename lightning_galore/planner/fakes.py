@@ -93,7 +93,11 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
         if isinstance(tensor, (nn.Parameter, Int8Tensor)):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    # The mode remembers weakly what it has made of a shape for the first time, and int8 weights swap parameters that
+    # nothing may refer to.
+    mode.fake_tensor_converter.tensor_memo.clear()
+    return copied
 
 
 def fake_tensor(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Tensor:

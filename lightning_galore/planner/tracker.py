@@ -19,6 +19,7 @@ CATEGORIES: tuple[Category, ...] = ("weights", "gradients", "moments", "bases", 
 Phase = Literal["forward", "backward", "optimizer"]
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 #: What a tensor without data answers where a program looks at a number: 1, which is finite, not zero, and true.
 _ANSWERS: dict[Any, Any] = {_aten.equal.default: False, _aten.is_nonzero.default: True}
 
@@ -102,6 +103,8 @@ class MemoryTracker(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is _DEVICE:  # asked of fakes for every operation, and gives no tensor
+            return func(*args)
         if self._answers:
             if func is _aten._local_scalar_dense.default:
                 return _one(args[0])

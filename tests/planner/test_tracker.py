@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 
@@ -64,6 +66,12 @@ def test_int8_weights_are_their_codes_and_scales() -> None:
     tracker = MemoryTracker()
     tracker.hold(weight, "weights")
     assert tracker.total == 16 * 32 + 2 * 2
+
+
+def test_nothing_refers_to_a_fake_so_that_int8_weights_can_take_its_place() -> None:
+    size = (37, 41)  # of no other test: only the first of a shape is remembered
+    copied = fake_copy(nn.Linear(*size, bias=False), fake_mode())
+    assert weakref.getweakrefs(copied.weight) == []
 
 
 def test_fakes_answer_and_share() -> None:
