@@ -36,7 +36,8 @@ def draw_plan(bars: Sequence[Bar], title: str, *, budget: int | None = None, the
         budget: Bytes, drawn as a line.
         theme: Colours.
     """
-    names = list(dict.fromkeys(name for bar in bars for name, size in bar.parts.items() if size))
+    known = dict.fromkeys(name for bar in bars for name in bar.parts)
+    names = [name for name in known if any(bar.parts.get(name) for bar in bars)]
     figure, (ax,) = canvas(height=1.5 + 0.34 * len(bars))
     handles = []
     left = [0.0] * len(bars)
