@@ -17,7 +17,7 @@ from lightning_galore.planner.planning import plan
 from lightning_galore.planner.results import Plan
 from lightning_galore.planner.sharing import Sharding
 from lightning_galore.planner.sources import Head
-from lightning_galore.planner.table import show
+from lightning_galore.planner.table import console_for, show
 
 #: Reads a recipe: what is trained, and the settings that it names.
 ReadRecipe: TypeAlias = Callable[[str, "PlanOptions"], tuple[Job, GaLoreConfig]]
@@ -124,9 +124,7 @@ def run(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
     if options.json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
     else:
-        console = import_module("rich.console").Console(file=sys.stdout)
-        if not console.is_terminal:  # a file has no width
-            console = import_module("rich.console").Console(file=sys.stdout, width=200)
+        console = console_for(sys.stdout)
         show(found, console)
     return found
 

@@ -25,6 +25,12 @@ def as_text(plan: Plan, width: int = 200) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def console_for(file: Any) -> Any:
+    """A rich console on a file or a terminal; a file has no width, so it gets a wide one."""
+    console = _rich()["Console"](file=file)
+    return console if console.is_terminal else _rich()["Console"](file=file, width=200)
+
+
 def show(plan: Plan, console: Any) -> None:
     """Print the plan on a rich console."""
     where = ""
@@ -115,7 +121,8 @@ def _rich() -> dict[str, Any]:
         console, table, box = (import_module(f"rich.{name}") for name in ("console", "table", "box"))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The table needs rich, which is not installed: pip install rich (or use --json, or plan(...).as_dict()).",
+            "The table needs rich, which is not installed: pip install lightning-galore[recipes] (or use --json, or "
+            "plan(...).as_dict()).",
             name=error.name,
         ) from error
     return {"Console": console.Console, "Table": table.Table, "SIMPLE_HEAD": box.SIMPLE_HEAD}
