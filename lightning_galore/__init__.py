@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank gradient training (the GaLore family) for PyTorch Lightning."""
 
-from lightning_galore.callbacks import GradNormMonitor, SubspaceScheduler
+from lightning_galore.callbacks import GradNormMonitor, MemoryMonitor, SubspaceScheduler
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
+from lightning_galore.planner import plan
 from lightning_galore.strategies import (
     GaLoreDDPStrategy,
     GaLoreModelParallelStrategy,
@@ -21,6 +22,8 @@ __all__ = [
     "GaLoreSingleDeviceStrategy",
     "GaLoreStrategy",
     "GradNormMonitor",
+    "MemoryMonitor",
     "SubspaceScheduler",
     "__version__",
+    "plan",
 ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``lightning-galore fit | validate | test | predict | targets | convert | export | report``."""
+"""The command line: ``lightning-galore fit | validate | test | predict | targets | plan | convert | ...``."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -7,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,7 +19,11 @@ from typing_extensions import override
 
 # The tasks are imported for their effect: GlueModule and GlueDataModule become known by their short names.
 import lightning_galore.tasks  # noqa: F401
-from lightning_galore import GaLoreOptimizer, GaLoreStrategy, __version__
+from lightning_galore import GaLoreConfig, GaLoreOptimizer, GaLoreStrategy, __version__
+
+if TYPE_CHECKING:
+    from lightning_galore.planner import Job
+    from lightning_galore.planner.command import PlanOptions
 
 PROG = "lightning-galore"
 _TRACEBACK_FLAG = "--traceback"
@@ -92,6 +98,50 @@ def _targets(args: list[str]) -> None:
     sys.stdout.write(f"{optimizer.targets_table()}\n")
 
 
+def _plan(args: list[str]) -> None:
+    """Say how much memory a run would take, without running it."""
+    from lightning_galore.planner import command
+
+    parser = ArgumentParser(prog=f"{PROG} plan", description=(command.PlanOptions.__doc__ or "").partition("\n")[0])
+    parser.add_class_arguments(command.PlanOptions, as_positional=True)
+    # A recipe as the other commands take it, too.
+    given = [arg.removeprefix("--config=") for arg in args if arg not in ("-c", "--config")]
+    command.run(command.PlanOptions(**parser.parse_args(_with_switches(given)).as_dict()), _read_recipe)
+
+
+def _with_switches(args: list[str]) -> list[str]:
+    """``--json`` alone means ``--json true``."""
+    following = [*args[1:], "--"]
+    switches = ("--json", "--download", "--bases_sharded", "--checkpointing")
+    bare = [
+        arg in switches and after.lower() not in ("true", "false") for arg, after in zip(args, following, strict=True)
+    ]
+    return [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
+
+
+def _read_recipe(path: str, options: PlanOptions) -> tuple[Job, GaLoreConfig]:
+    from lightning_galore.tasks.planned import glue_job, is_glue, module_job, precision_named, strategy_settings
+
+    args, prog = ["-c", path], f"{PROG} plan"
+    recipe = _ParsedOnly(args=args, run=False, prog=prog).config
+    config = strategy_settings(recipe.trainer.strategy)
+    if is_glue(recipe.model):
+        data = recipe.data.init_args if recipe.get("data") else None
+        return glue_job(
+            recipe.model.init_args, data, options, precision=precision_named(recipe.trainer.precision)
+        ), config
+    cli = GaLoreCLI(args=args, run=False, prog=prog)
+    return module_job(cli.model, options, precision=precision_named(cli.trainer.precision)), config
+
+
+class _ParsedOnly(GaLoreCLI):
+    """Checks a recipe and makes nothing of it: neither data nor weights need to be there."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        pass
+
+
 def _convert(args: list[str]) -> None:
     """Convert a checkpoint of galore-torch."""
     from lightning_galore.convert import convert_checkpoint
@@ -124,6 +174,7 @@ def _report(args: list[str]) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "targets": (_targets, "list which weights a configuration would project, and why not the others"),
+    "plan": (_plan, "say how much memory training would take, for several ways to train, without running"),
     "convert": (_convert, "turn a checkpoint of galore-torch into one for this package"),
     "export": (_export, "write a checkpoint with int8 weights in floating point, for any program"),
     "report": (_report, "draw a run from its logs: loss, subspaces, refreshes, memory, as one HTML page"),

@@ -35,7 +35,13 @@ class Accumulator:
     @property
     def nbytes(self) -> int:
         """Bytes of what waits."""
-        return storage.nbytes((self._stored.codes, self._stored.absmax)) if self._stored is not None else 0
+        return storage.nbytes(self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What waits."""
+        parts = (self._stored.codes, self._stored.absmax) if self._stored is not None else ()
+        return [part for part in parts if part is not None]
 
     def put(self, value: Tensor) -> None:
         """Let ``value`` wait, in place of what did."""
@@ -116,8 +122,14 @@ class LowGrad:
     @property
     def nbytes(self) -> int:
         """Bytes of the gradient as it waits."""
-        held = self._accumulator.nbytes if self._accumulator is not None else 0
-        return held + storage.nbytes(self._grad if self._proxy is None else self._proxy.grad)
+        return storage.nbytes(self.held)
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors of the gradient as it waits."""
+        coded = self._accumulator.tensors if self._accumulator is not None else []
+        plain = self._grad if self._proxy is None else self._proxy.grad
+        return coded if plain is None else [*coded, plain]
 
     def _fetch(self) -> None:
         if self._accumulator is not None and self._accumulator.is_full:

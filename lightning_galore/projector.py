@@ -44,6 +44,8 @@ class Projector:
         self.refresher = Refresher(base, config, self._ranks)
         #: Where several processes train one model; None for one.
         self.agreement: Agreement | None = None
+        #: The weights that are due, whatever the schedule says; None asks it. For who rehearses a step.
+        self.forced: frozenset[Tensor] | None = None
         #: Whether to measure the captured energy at every step.
         self.watching = False
         self.lift = LIFTS[config.lift]()
@@ -97,6 +99,15 @@ class Projector:
         self.refresher.budget = StateBudget(limit, extents, strict=not self._budgeted)
         self._budgeted = set(self._targets)
 
+    def together(self) -> list[Tensor]:
+        """The weights that refresh in the fullest step of the schedule, once each has its first basis."""
+        if not self.config.stagger:
+            return list(self._targets)
+        sharing: dict[int, list[Tensor]] = {}
+        for param, target in self._targets.items():
+            sharing.setdefault(self._places.get(target, (0, 0))[1], []).append(param)
+        return max(sharing.values(), key=lambda params: sum(param.numel() for param in params), default=[])
+
     def forget(self) -> None:
         """No refresh waits for its step any more."""
         self.refresher.forget()
@@ -147,6 +158,8 @@ class Projector:
 
     def due(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the weight's next step refreshes its basis."""
+        if self.forced is not None:
+            return param in self.forced
         return self.schedule.due(self.state_of(param).step, self.record_of(param, group))
 
     def waits(self, param: Tensor, group: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,18 @@ class SubspaceControls:
     def watch(self, watching: bool = True) -> None:
         """Measure at every step how much of each gradient its basis holds: one pass over the gradient more."""
         self._projector.watching = watching
+
+    def force_due(self, params: Collection[Tensor] | None) -> None:
+        """Refresh just these weights from now on, whatever the schedule says, for who rehearses a step.
+
+        Args:
+            params: The weights that are due at every step; None asks the schedule again.
+        """
+        self._projector.forced = None if params is None else frozenset(params)
+
+    def refreshing_together(self) -> list[Tensor]:
+        """The weights that refresh in the fullest step of the schedule, once each has its first basis."""
+        return self._projector.together()
 
     def on_refresh(self, listener: Callable[[RefreshEvent], None]) -> Callable[[], None]:
         """Tell ``listener`` of every refresh from now on, when its step has been taken.

@@ -18,7 +18,8 @@ PACKAGE = "lightning_galore"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "tasks"}),
     frozenset({"__init__"}),  # the public names: what the command line and the tasks use, like any user
-    frozenset({"callbacks", "report", "strategies"}),
+    frozenset({"callbacks", "strategies"}),
+    frozenset({"planner", "report"}),
     frozenset({"optimizer"}),
     frozenset({"backward", "fused", "stepping", "watch", "wrapper"}),
     frozenset({"projector", "proxies"}),
@@ -43,9 +44,9 @@ DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms} | 
 OUTSIDE: dict[str, frozenset[str]] = {
     "lightning": frozenset({"__init__", "cli", "tasks", "callbacks", "strategies"}),
     "pytorch_lightning": frozenset(),  # the same thing under its old name; the two do not mix
-    "transformers": frozenset({"cli", "tasks"}),
+    "transformers": frozenset({"cli", "planner", "tasks"}),
     "datasets": frozenset({"cli", "tasks"}),
-    "rich": frozenset({"cli", "tasks"}),
+    "rich": frozenset({"cli", "planner", "tasks"}),
     "matplotlib": frozenset({"report"}),
     "tensorboard": frozenset({"report"}),
     "bitsandbytes": frozenset({"base_state", "named_optimizers"}),

@@ -62,7 +62,7 @@ def test_commands_parse(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert all(Path(word).exists() for word in command if word.startswith("recipes/"))
-    dry = ["--help"] if command[1] in ("convert", "export", "report") else ["--print_config"]
+    dry = ["--help"] if command[1] in ("convert", "export", "plan", "report") else ["--print_config"]
     with pytest.raises(SystemExit) as end:
         main([*command[1:], *dry])
     assert end.value.code == 0

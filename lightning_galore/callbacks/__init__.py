@@ -2,6 +2,7 @@
 """Callbacks that schedule and watch low-rank training through the optimizer's public interface."""
 
 from lightning_galore.callbacks.grad_norm import GradNormMonitor
+from lightning_galore.callbacks.memory_monitor import MemoryMonitor
 from lightning_galore.callbacks.subspace_scheduler import SubspaceScheduler
 
-__all__ = ["GradNormMonitor", "SubspaceScheduler"]
+__all__ = ["GradNormMonitor", "MemoryMonitor", "SubspaceScheduler"]

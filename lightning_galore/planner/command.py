@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lightning-galore plan``: its options, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lightning_galore.config import GaLoreConfig
+from lightning_galore.planner.fakes import Job, Loop
+from lightning_galore.planner.planning import plan
+from lightning_galore.planner.results import Plan
+from lightning_galore.planner.sharing import Sharding
+from lightning_galore.planner.sources import Head
+from lightning_galore.planner.table import console_for, show
+
+#: Reads a recipe: what is trained, and the settings that it names.
+ReadRecipe: TypeAlias = Callable[[str, "PlanOptions"], tuple[Job, GaLoreConfig]]
+
+
+class PlanOptions:
+    """Will it fit? Memory of a training run before it runs, for several ways to train, with nothing allocated.
+
+    Args:
+        source: A recipe (``.yaml``), a model by a short name (``llama-7b``, ``llama-1b``, ``roberta-base``, ...), a
+            Transformers ``config.json`` or its folder, a model type (``gpt2``), or a hub name whose ``config.json`` is
+            cached.
+        rank: Of the low-rank ways, an integer or a fraction of the short side. By default that of the recipe, else
+            128. With ``budget``, a rank that is not given is chosen.
+        batch_size: Sequences a batch on each device. By default the recipe's, else 1. With ``budget``, one that is not
+            given is chosen.
+        sequence_length: Tokens a sequence. By default the recipe's, else 512.
+        precision: As the Trainer's: ``bf16-true``, ``32-true``, ``bf16-mixed``, ... By default the recipe's, else
+            ``bf16-true``.
+        checkpointing: Recompute activations in backward. By default both are shown.
+        candidates: Which ways to train, by name: ``adamw``, ``adamw-8bit``, ``galore-step``, ``galore-project``,
+            ``galore-layerwise``, ``galore-8bit``, ``q-galore``, ``lora``. All by default.
+        optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU).
+        proj_type: Which side is projected.
+        target_modules: Which weights are projected.
+        devices: How many; all figures are for each of them.
+        strategy: ``ddp`` (each holds all) or ``fsdp2`` (weights, gradients and moments are divided).
+        bases_sharded: Under ``fsdp2``, divide the bases too.
+        budget: Look for what fits into this on each device: ``24GB`` (24 * 10^9) or ``24GiB`` (24 * 2^30).
+        head: What a model by name is trained with: ``causal-lm``, ``masked-lm`` or ``sequence-classification``.
+        loop: When gradients are cleared: between forward and backward as ``lightning`` does, or right after the step as
+            in a ``plain`` loop of your own.
+        download: Fetch a ``config.json`` from the Hugging Face hub: that file, no weights and no code.
+        json: Print JSON (bytes) instead of a table.
+        picture: Write stacked bars into this PNG file too.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        rank: int | float | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        precision: str | None = None,
+        checkpointing: bool | None = None,
+        candidates: list[str] | None = None,
+        optimizer: str | None = None,
+        proj_type: str | None = None,
+        target_modules: str | list[str] | None = None,
+        devices: int = 1,
+        strategy: Sharding = "ddp",
+        bases_sharded: bool = False,
+        budget: str | None = None,
+        head: Head = "auto",
+        loop: Loop = "lightning",
+        download: bool = False,
+        json: bool = False,
+        picture: str | None = None,
+    ) -> None:
+        given = dict(locals())
+        for name in ("batch_size", "sequence_length", "devices"):
+            if given[name] is not None and given[name] < 1:
+                raise ValueError(f"{name}={given[name]} must be at least 1.")
+        self.source, self.batch_size, self.sequence_length = source, batch_size, sequence_length
+        self.precision, self.head, self.download, self.loop = precision, head, download, loop
+        self.json, self.picture = json, picture
+        named = {"rank": rank, "proj_type": proj_type, "target_modules": target_modules}
+        self.settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        self.choices: dict[str, Any] = {
+            "checkpointing": checkpointing,
+            "candidates": candidates,
+            "base": optimizer,
+            "devices": devices,
+            "strategy": strategy,
+            "bases_sharded": bases_sharded,
+            "budget": budget,
+        }
+
+
+def run(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
+    """Make the plan, print it, and write the picture if one was asked for.
+
+    Args:
+        options: From the command line.
+        read_recipe: Knows recipes.
+    """
+    if options.source.endswith((".yaml", ".yml")):
+        job, config = read_recipe(options.source, options)
+        found = plan(replace(job, loop=options.loop), config, **options.choices, **options.settings)
+    else:
+        found = plan(
+            options.source,
+            batch_size=options.batch_size,
+            sequence_length=options.sequence_length or 512,
+            precision=options.precision,
+            head=options.head,
+            loop=options.loop,
+            download=options.download,
+            **options.choices,
+            **options.settings,
+        )
+    if options.picture is not None:
+        write_picture(found, Path(options.picture))
+    if options.json:
+        sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
+    else:
+        console = console_for(sys.stdout)
+        show(found, console)
+    return found
+
+
+def write_picture(found: Plan, path: Path) -> None:
+    """Draw the peaks of a plan as stacked bars into a PNG file.
+
+    Raises:
+        ValueError: If no peak is known.
+    """
+    bars_of: Sequence[tuple[str, Any]] = [
+        (f"{column.label}{', recomputed' if peak.checkpointing else ''}", peak.by_category)
+        for column in found.columns
+        for peak in column.peaks
+    ]
+    if not bars_of:
+        raise ValueError(f"picture={str(path)!r}: without a batch there is no peak to draw.")
+    try:
+        bars = import_module("lightning_galore.report.plan_bars")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--picture needs {error.name}, which is not installed: pip install lightning-galore[recipes]",
+            name=error.name,
+        ) from error
+    title = f"{found.model}, {found.precision}, {found.batch}, rank {found.rank}"
+    bars.write_plan(path, [bars.Bar(label=label, parts=parts) for label, parts in bars_of], title, budget=found.budget)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+import io
+from importlib import import_module
+from typing import Any
+
+from lightning_galore.planner.results import Column, Peak, Plan
+
+GIB = 2**30
+
+
+_UNITS = ((2**30, "GiB", "2^30", 10**9, "GB"), (2**20, "MiB", "2^20", 10**6, "MB"), (2**10, "KiB", "2^10", 10**3, "kB"))
+
+
+def as_text(plan: Plan, width: int = 200) -> str:
+    """The plan as plain text."""
+    rich = _rich()
+    buffer = io.StringIO()
+    console = rich["Console"](file=buffer, width=width, color_system=None)
+    show(plan, console)
+    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    return "\n".join(lines).strip("\n")
+
+
+def console_for(file: Any) -> Any:
+    """A rich console on a file or a terminal; a file has no width, so it gets a wide one."""
+    console = _rich()["Console"](file=file)
+    return console if console.is_terminal else _rich()["Console"](file=file, width=200)
+
+
+def show(plan: Plan, console: Any) -> None:
+    """Print the plan on a rich console."""
+    where = ""
+    if plan.devices.count > 1:
+        where = f", on each of {plan.devices.count} devices ({plan.devices.strategy})"
+    what = f"{plan.parameters / 1e6:,.1f} M parameters, {plan.precision}, {plan.batch}, rank {plan.rank}"
+    console.print(f"{plan.model}: {what}{where}", soft_wrap=True)
+    console.print(_columns(plan))
+    for reason in dict.fromkeys(column.missing for column in plan.columns if column.missing):
+        without = [column.label for column in plan.columns if column.missing == reason]
+        console.print(f"{', '.join(without)}: {reason}", soft_wrap=True, style="dim")
+    if plan.budget is not None:
+        _show_fits(plan, console)
+
+
+def _columns(plan: Plan) -> Any:
+    shown = [column for column in plan.columns if column.weights]
+    sizes = [size for c in shown for size in (c.weights, c.moments, *(peak.total for peak in c.peaks))]
+    unit, name, power, decimal, decimal_name = next((u for u in _UNITS if max(sizes, default=0) >= u[0]), _UNITS[-1])
+    table = _rich()["Table"](box=_rich()["SIMPLE_HEAD"], pad_edge=False)
+    table.add_column(f"{name} ({power} bytes)")
+    for column in shown:
+        table.add_column(column.label, justify="right")
+    for title, key in (
+        ("weights", "weights"),
+        ("gradients after backward", "gradients"),
+        ("moments", "moments"),
+        ("bases", "bases"),
+        ("one refresh", "refresh_workspace"),
+    ):
+        table.add_row(title, *(_number(getattr(column, key), unit) for column in shown))
+    for recomputed in (False, True):
+        peaks = [_peak(column, recomputed) for column in shown]
+        if not any(peaks):
+            continue
+        table.add_section()
+        title = "recomputed" if recomputed else ""
+        table.add_row(f"activations {title}", *(_number(p.activations if p else None, unit) for p in peaks))
+        table.add_row(f"PEAK {title}", *(_number(p.total if p else None, unit) for p in peaks), style="bold")
+        table.add_row(
+            f"  in {decimal_name} ({decimal:.0e})".replace("e+0", "e"),
+            *(_number(p.total if p else None, decimal) for p in peaks),
+        )
+        table.add_row("  when", *(_when(p) if p else "-" for p in peaks))
+    return table
+
+
+def _number(size: int | None, unit: int) -> str:
+    return "-" if size is None else f"{size / unit:,.2f}"
+
+
+def _show_fits(plan: Plan, console: Any) -> None:
+    assert plan.budget is not None
+    budget = f"{plan.budget / 1e9:.2f} GB ({plan.budget / GIB:.2f} GiB)"
+    if not plan.fits:
+        console.print(
+            f"Nothing of this fits into {budget}. Shorter sequences, a smaller model or more devices would help.",
+            soft_wrap=True,
+        )
+        return
+    console.print(f"Fits into {budget}, the least given up first:", soft_wrap=True)
+    table = _rich()["Table"](box=_rich()["SIMPLE_HEAD"], pad_edge=False)
+    for title in ("", "rank", "batch", "recompute", "peak GB", "what it trades"):
+        table.add_column(title, overflow="fold")
+    for fit in plan.fits:
+        table.add_row(
+            fit.label,
+            "-" if fit.rank is None else str(fit.rank),
+            "as given" if fit.batch_size is None else str(fit.batch_size),
+            "yes" if fit.checkpointing else "no",
+            f"{fit.total / 1e9:.2f}",
+            fit.trades,
+        )
+    console.print(table)
+
+
+def _peak(column: Column, checkpointing: bool) -> Peak | None:
+    return next((peak for peak in column.peaks if peak.checkpointing == checkpointing), None)
+
+
+def _when(peak: Peak) -> str:
+    when = peak.where.partition(",")[0]
+    return f"{when} ({peak.step})" if peak.step != "ordinary" else when
+
+
+def _rich() -> dict[str, Any]:
+    try:
+        console, table, box = (import_module(f"rich.{name}") for name in ("console", "table", "box"))
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The table needs rich, which is not installed: pip install lightning-galore[recipes] (or use --json, or "
+            "plan(...).as_dict()).",
+            name=error.name,
+        ) from error
+    return {"Console": console.Console, "Table": table.Table, "SIMPLE_HEAD": box.SIMPLE_HEAD}

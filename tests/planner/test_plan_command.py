@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lightning-galore plan`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from lightning_galore.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = ROOT / "recipes"
+SMALL = ["--candidates=[adamw,galore-layerwise]", "--checkpointing=false"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+
+
+def planned(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
+    assert main(["plan", *args, *SMALL, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("spelling", [[], ["-c"], ["--config"]])
+def test_a_recipe_without_its_data_and_weights(spelling: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, *spelling, str(RECIPES / "demo.yaml"))
+    assert (found["model"], found["rank"], found["batch"], found["precision"]) == (
+        *("minilm", 8, "32 x 64 tokens"),
+        "32-true",
+    )
+    held = {column["name"]: column["moments"] + column["bases"] for column in found["columns"]}
+    # The table of the README: measured on the run.
+    assert held["adamw"] / 1e6 == pytest.approx(181.7, abs=0.05)
+    assert held["galore-layerwise"] / 1e6 == pytest.approx(99.0, abs=0.05)
+
+
+def test_options_win_over_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, str(RECIPES / "glue" / "rte_r4.yaml"), "--rank=2", "--batch_size=3", "--sequence_length=32")
+    assert (found["model"], found["rank"], found["batch"]) == ("roberta-base", 2, "3 x 32 tokens")
+
+
+def test_every_glue_recipe_is_known() -> None:
+    from lightning_galore.cli import _read_recipe
+    from lightning_galore.planner.command import PlanOptions
+
+    for path in sorted((RECIPES / "glue").glob("stsb*.yaml")):
+        job, config = _read_recipe(str(path), PlanOptions(str(path)))
+        assert job.name == "roberta-base"
+        assert job.batch["labels"].dtype.is_floating_point  # a regression
+        assert config.method == "galore"
+
+
+def test_another_module_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, str(RECIPES / "gan.yaml"))
+    assert found["columns"][1]["moments"] > 0
+    assert "without a batch" in found["columns"][1]["missing"]
+    assert main(["plan", str(RECIPES / "gan.yaml"), "--batch_size=3"]) == 1
+    assert "batch_size=3 cannot be given for RingGan" in capsys.readouterr().err
+
+
+def test_table_budget_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "plan.png"
+    args = ["llama-60m", "--rank=64", "--batch_size=1", "--sequence_length=64", "--budget=1GB", f"--picture={picture}"]
+    assert main(["plan", *args, *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "MiB (2^20 bytes)" in out
+    assert "Fits into 1.00 GB (0.93 GiB)" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "no-such-model"]) == 1
+    err = capsys.readouterr().err
+    assert "error: model='no-such-model' cannot be planned" in err
+    assert "Traceback" not in err
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "llama-60m", "--rank=many"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    assert "24GB" in capsys.readouterr().out
+
+
+def test_importing_the_package_brings_no_transformers_of_its_own() -> None:
+    """Lightning's own imports (torchmetrics) may."""
+    code = "import sys, {}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    own, others = (
+        set(subprocess.run([sys.executable, "-c", code.format(names)], cwd=ROOT, check=True, capture_output=True,
+                           text=True).stdout.split())
+        for names in ("lightning_galore", "lightning.pytorch, torchmetrics")
+    )  # fmt: skip
+    assert not {"transformers", "matplotlib", "bitsandbytes", "datasets"} & (own - others)
