@@ -75,10 +75,15 @@ class Shards:
             )
         return Team()
 
-    def extent(self, size: int) -> tuple[int, int]:
-        """First and last (excluded) index of this process's part of a dimension, as ``torch.chunk`` divides it."""
-        chunk = math.ceil(size / self.size)
-        return min(size, chunk * self.index), min(size, chunk * (self.index + 1))
+    def extent(self, size: int, index: int | None = None) -> tuple[int, int]:
+        """First and last (excluded) index of a part of a dimension, as ``torch.chunk`` divides it.
+
+        Args:
+            size: Of the dimension.
+            index: Which part; None for this process's. None is larger than the first.
+        """
+        chunk, index = math.ceil(size / self.size), self.index if index is None else index
+        return min(size, chunk * index), min(size, chunk * (index + 1))
 
     def placements(self, dim: int | None) -> tuple[Placement, ...]:
         """Those of a tensor that is divided along ``dim`` as the weights are; None for one that all hold."""
@@ -151,11 +156,11 @@ class Sharding:
         """Along which dimension low-rank gradients and moments are divided: the one that is not projected."""
         return None if self.dim is None or side == "full" else (0 if side == "right" else 1)
 
-    def low_part_shape(self, projection: Projection) -> tuple[int, int]:
-        """Shape of this process's part of a low-rank gradient."""
+    def low_part_shape(self, projection: Projection, *, index: int | None = None) -> tuple[int, int]:
+        """Shape of a process's part of a low-rank gradient; of this one's without ``index``."""
         shape, dim = list(projection.low_shape), self.low_dim(projection.side)
         if dim is not None:
-            first, last = self.shards.extent(shape[dim])
+            first, last = self.shards.extent(shape[dim], index)
             shape[dim] = last - first
         return shape[0], shape[1]
 
@@ -231,11 +236,13 @@ class Sharding:
             parts.append(part)
         return replace(bases, parts=tuple(parts))
 
-    def basis_part_shapes(self, projection: Projection, *, divide: bool) -> tuple[tuple[int, int], ...]:
-        """Shapes of what this process keeps of the bases, as :meth:`at_rest` divides them."""
+    def basis_part_shapes(
+        self, projection: Projection, *, divide: bool, index: int | None = None
+    ) -> tuple[tuple[int, int], ...]:
+        """Shapes of what a process keeps of the bases, as :meth:`at_rest` divides them; this one without ``index``."""
         shapes = []
         for (rows, rank), acts_on in zip(projection.basis_shapes, _acts_on(projection.side), strict=True):
-            first, last = self.shards.extent(rows) if divide or acts_on == self.dim else (0, rows)
+            first, last = self.shards.extent(rows, index) if divide or acts_on == self.dim else (0, rows)
             shapes.append((last - first, rank))
         return tuple(shapes)
 

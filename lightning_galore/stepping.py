@@ -47,7 +47,8 @@ class Stepper:
         if penalty:
             low_grad.grad.add_(low_grad.coordinates.project(param.detach()), alpha=penalty)
         carried = self._projector.carried(param, low_grad, group)
-        if low_grad.coordinates.gathers:  # not of all weights until they have stepped
+        # Not of all weights until they have stepped; in mode "layerwise" this one steps next.
+        if low_grad.coordinates.gathers and self._config.mode != "layerwise":
             low_grad.coordinates.let_go()
         return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
 

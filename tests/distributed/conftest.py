@@ -19,6 +19,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Runs under FSDP2 in plain torch, a mapping from the case for each process."""
+    return results_of("tests.distributed.sharded_worker", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Runs under the Trainer."""
 
