@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_probe, base_rules, dtensors, linalg, sharded_state, state_keys, weights
+from lightning_galore import (
+    base_probe,
+    base_rules,
+    dtensors,
+    foreign_shards,
+    linalg,
+    sharded_state,
+    state_keys,
+    weights,
+)
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.distributed import Team
@@ -21,7 +30,7 @@ from lightning_galore.lift import warn_of_idle_rounding
 from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
 from lightning_galore.proxies import Swap
-from lightning_galore.sharding import check_sharded_settings, common_shards
+from lightning_galore.sharding import Shards, check_sharded_settings, common_shards
 from lightning_galore.stepping import Stepper
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
 from lightning_galore.watch import SubspaceControls
@@ -66,8 +75,11 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             raise ValueError(f"base={type(base).__name__} is wrapped already; use it as it is, or wrap its .base.")
         if not isinstance(base, Optimizer):
             raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
+        foreign_shards.check_model(model)
+        foreign_shards.check_parameters(param for group in base.param_groups for param in group["params"])
         targets, table = select_targets(model, base.param_groups, config)
         base_rules.check_base(base)
+        _shards_of(base, targets, config)  # before anything is made of the weights
         if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
             state_keys.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
         base_probe.check_moves(base, targets)
@@ -109,11 +121,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
 
     def _join_shards(self) -> None:
         """Where each process holds a part of every weight, refresh together from the start."""
-        shards = common_shards({target.name: param for param, target in self.targets.items()})
+        shards = _shards_of(self.base, self.targets, self.config)
         if shards is None or self.hooks.norms.shards is not None:
             return
-        base_rules.check_sharded(self.base)
-        check_sharded_settings(self.config)
         self._projector.join(shards.team())
         self.hooks.norms.shards = shards
         self.hooks.defers = self.config.mode == "project"
@@ -171,6 +181,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._places.update(
             (param, (i, j)) for i, group in enumerate(self.param_groups) for j, param in enumerate(group["params"])
         )
+        foreign_shards.check_groups(self.param_groups, self.targets)
         if self.config.mode != "step":
             self.hooks.install(list(self._places))
 
@@ -204,6 +215,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         swaps, dense = [], {}
         for group in self.param_groups:
             for param in group["params"]:
+                if param not in self._places:  # it has come past add_param_group
+                    self._know_params()
                 if param not in self.targets:
                     dense[param] = self._places[param]
                 elif param in self.hooks.waiting or param.grad is not None:
@@ -331,6 +344,15 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._projector.forget()
         self.base.load_state_dict(state_dict)
         state_keys.restore_dtypes(state_dict, self.param_groups, self.state)
+
+
+def _shards_of(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> Shards | None:
+    """Among whom the weights are divided, if they are; refuses what cannot be done on parts."""
+    shards = common_shards({target.name: param for param, target in targets.items()})
+    if shards is not None:
+        base_rules.check_sharded(base)
+        check_sharded_settings(config)
+    return shards
 
 
 def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:

@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"coordinates", "lift", "moments", "weights"}),
     frozenset({"sharding"}),
     frozenset({"base_probe", "base_state", "bases", "rank", "schedule", "subspace"}),
-    frozenset({"base_rules", "named_optimizers"}),
+    frozenset({"base_rules", "foreign_shards", "named_optimizers"}),
     frozenset({"storage"}),
     frozenset({"distributed", "linalg"}),
     frozenset({"dtensors"}),

@@ -11,7 +11,6 @@ from typing import Any
 from weakref import ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,7 +26,6 @@ from lightning_galore.sharding import Sharding, shard_placement
 
 from .cases import MODES, Branches, Case, Chain, Twice, alone, dense, loss_of, settings_of, start
 from .processes import WORLD
-
 
 STEPS = 11  # refreshes at 0, 5 and 10 where they are not staggered
 
@@ -197,7 +195,10 @@ def sharded(case: ShardedCase) -> tuple[nn.Module, GaLoreOptimizer]:
 
 def together(case: ShardedCase, rank: int) -> ShardedRun:
     """One process's part of a run."""
-    model, optimizer = sharded(case)
+    return trained(*sharded(case), case, rank)
+
+
+def trained(model: nn.Module, optimizer: GaLoreOptimizer, case: ShardedCase, rank: int) -> ShardedRun:
     predicted = optimizer.footprint()
     found = _watch_refreshes(optimizer)
     wire, norms = [], []
@@ -225,10 +226,10 @@ def together(case: ShardedCase, rank: int) -> ShardedRun:
 
 
 def backward(model: nn.Module, optimizer: Any, case: ShardedCase, step: int, rank: int) -> None:
-    assert isinstance(model, FSDPModule)
     for micro in range(case.accumulate):
         last = micro == case.accumulate - 1
-        model.set_requires_gradient_sync(last or case.syncs)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last or case.syncs)
         loss = loss_of(model, step, micro, rank, case.dtype) / case.accumulate
         if last or not isinstance(optimizer, GaLoreOptimizer):
             loss.backward()
@@ -391,3 +392,8 @@ def reference(name: str) -> Any:
 
 
 CASES = dict(_cases())
+#: Nothing but tensor parallelism; the third weight, which nobody cuts, is left out.
+TENSOR_PARALLEL = {
+    mode: ShardedCase(mode, {"ignore_modules": ["layers.4"]}, dtype=torch.float64, model=Even, steps=STEPS, norms=True)
+    for mode in MODES
+}

@@ -7,8 +7,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .processes import begin, end
-from .sharded_cases import CASES, plain_wire, together
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_galore import GaLoreOptimizer
+
+from .cases import MODES, settings_of, start
+from .processes import WORLD, begin, end
+from .sharded_cases import CASES, TENSOR_PARALLEL, ShardedRun, plain_wire, together, trained
+
+
+def tensor_parallel(mode: str) -> ShardedRun:
+    """Both processes see the same data; one layer is cut by rows, the next by columns, the last is not cut at all."""
+    case = TENSOR_PARALLEL[mode]
+    model = start(case)
+    plan = {"layers.0": ColwiseParallel(), "layers.2": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)
+    optimizer = GaLoreOptimizer(case.base(model), model, **settings_of(case))
+    return trained(model, optimizer, case, 0)
 
 
 def main(folder: Path) -> None:
@@ -19,6 +35,8 @@ def main(folder: Path) -> None:
             results[name] = together(case, rank)
         except Exception as error:
             raise RuntimeError(f"case {name}") from error
+    for mode in MODES:
+        results[f"tensor-parallel-{mode}"] = tensor_parallel(mode)
     for name, case in CASES.items():
         if case.counted:
             results[f"plain-{name}"] = plain_wire(case, rank)

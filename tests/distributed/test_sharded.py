@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import MODES, build
+from .cases import MODES, build, loss_of
 from .processes import WORLD
-from .sharded_cases import BUDGET, CASES, STEPS, ShardedRun, reference
+from .sharded_cases import BUDGET, CASES, STEPS, TENSOR_PARALLEL, ShardedRun, reference
 from .test_plain import TOLERANCES, assert_same_state
 
 pytestmark = pytest.mark.multiprocess
@@ -139,3 +139,22 @@ def test_low_precision_is_that_of_the_policy(sharded: Results, mode: str) -> Non
     assert any(not torch.equal(value, exact.weights[key]) for key, value in run.weights.items())
     for state in run.state.values():
         assert {value.dtype for value in state.values() if isinstance(value, torch.Tensor)} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tensor_parallelism_alone_equals_one_process(sharded: Results, mode: str) -> None:
+    case = TENSOR_PARALLEL[mode]
+    model, optimizer = build(case)
+    start, norms = {name: param.detach().clone() for name, param in model.named_parameters()}, []
+    for step in range(case.steps):
+        optimizer.zero_grad()
+        loss_of(model, step, 0, 0, case.dtype).backward()
+        norms.append(float(optimizer.grad_norm()))
+        optimizer.step()
+    for rank in range(WORLD):
+        run = run_of(sharded, f"tensor-parallel-{mode}", rank)
+        assert run.norms == pytest.approx(norms, rel=1e-10)
+        for name, param in model.named_parameters():
+            assert float((run.weights[name] - param.detach()).abs().max()) <= 1e-12
+            assert float((param.detach() - start[name]).abs().max()) > 0.01
+        assert run.kept == (run.predicted.bases, run.predicted.moments)
