@@ -367,7 +367,8 @@ def _cases() -> Iterator[tuple[str, ShardedCase]]:
             if mode == "step" or name in IN_ALL_MODES:
                 yield f"{mode}-{name}", double(settings, tolerance=1e-11 if "full" in name else None)
         yield f"{mode}-recomputed", double(model=Recomputed)
-        yield f"{mode}-twice", double(model=Twice, apart=False)
+        yield f"{mode}-twice", double(model=Twice)
+        yield f"{mode}-as-one", double(apart=False)
         yield f"{mode}-unused", double(model=Unused)
         yield f"{mode}-wayward", double({"stagger": False}, model=Wayward)
         yield f"{mode}-deep", double({"stagger": False, "update_proj_gap": 10}, model=Deep)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a run with FSDP2 in which the second fails: as the folder says, it raises, or is killed as it saves."""
+"""One process of a run with FSDP2 in which the second raises, or is killed as it saves: the folder's name says which."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
@@ -46,6 +46,22 @@ class Stacked(Tiny):
         self.body = nn.Sequential(nn.Linear(8, 11), *blocks, nn.LayerNorm(11), nn.Linear(11, 12))
 
 
+class Cut(Tiny):
+    """Tensor parallelism within the body, where both processes see the data of the first."""
+
+    @override
+    def configure_model(self) -> None:
+        mesh = getattr(self.trainer.strategy, "_device_mesh", None)
+        if mesh is not None and not any(map(dtensors.is_sharded, self.parameters())):
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.body, mesh["tensor_parallel"], plan)
+
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        inputs = Rows.inputs(batch_idx, 0)
+        return super().training_step([inputs, torch.sin(inputs[:, :4] * 2)], batch_idx)
+
+
 def reordered(model: LightningModule) -> torch.optim.Optimizer:
     """Groups in another order than the model's parameters, and settings of their own."""
     params = dict(reversed(list(model.named_parameters())))
@@ -60,6 +76,9 @@ def plain_adamw(model: LightningModule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+TENSOR_PARALLEL = {"data_parallel_size": 1, "tensor_parallel_size": 2}
+
+
 def _cases() -> dict[str, Case]:
     cases = {}
     for mode in MODES:
@@ -69,6 +88,7 @@ def _cases() -> dict[str, Case]:
         cases[f"{mode}-bf16"] = Case(mode, trainer={"precision": "bf16-mixed"}, tolerance=0.05)
         cases[f"{mode}-configured"] = Case(mode, model=Configured)
         cases[f"{mode}-stacked"] = Case(mode, {"check_replicas_every": 1}, model=Stacked)
+        cases[f"{mode}-tensor-parallel"] = Case(mode, TENSOR_PARALLEL, model=Cut)
         cases[f"{mode}-shard"] = Case(mode, {"basis_placement": "shard", "check_replicas_every": 3})
         if mode != "layerwise":
             cases[f"{mode}-clipped"] = Case(mode, trainer={"gradient_clip_val": CLIP})
@@ -93,9 +113,10 @@ SAVED: dict[str, tuple[dict[str, Any], Callable[[], LightningModule]]] = {
     "int4": ({"mode": "layerwise", "basis_storage": "int4"}, Tiny),
     "shard": ({"mode": "step", "basis_placement": "shard", "proj_type": "full"}, Tiny),
     "gan": ({"mode": "project"}, DeclaredGan),
+    "cut": ({"mode": "project", **TENSOR_PARALLEL}, Cut),
 }
 #: Of those, what goes through one file too.
-IN_ONE_FILE = (*MODES, "groups", "adaptive", "gan")
+IN_ONE_FILE = (*MODES, "groups", "adaptive", "gan", "cut")
 
 
 class OneParameter(Tiny):
@@ -129,15 +150,6 @@ class Partly(Tiny):
     @override
     def configure_model(self) -> None:
         fully_shard(self.body[0], mesh=self.device_mesh["data_parallel"])
-
-
-class Cut(Tiny):
-    """Tensor parallelism within the body, on two processes."""
-
-    @override
-    def configure_model(self) -> None:
-        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-        parallelize_module(self.body, self.device_mesh["tensor_parallel"], plan)
 
 
 #: Refused at setup: settings of the strategy, of the Trainer, the module, and words of the message.
@@ -209,7 +221,7 @@ def _of_torchao(model: LightningModule) -> torch.optim.Optimizer:
 
 def on_one(settings: dict[str, Any], model: LightningModule, **more: Any) -> dict[str, Any]:
     """A run on one device."""
-    ours = {key: value for key, value in settings.items() if key != "check_replicas_every"}
+    ours = {key: value for key, value in settings.items() if key not in ("check_replicas_every", *TENSOR_PARALLEL)}
     return fit(model, GaLoreStrategy(**{**SETTINGS, **ours}), **more)
 
 

@@ -37,7 +37,12 @@ def test_the_loops_run_as_they_stand_and_learn(tmp_path: Path) -> None:
 def test_the_other_blocks_run(block: str) -> None:
     # On CPU, wherever it is run; the processes are started by fit only.
     scope: dict[str, Any] = {}
-    exec(block.replace("Trainer(", "Trainer(accelerator='cpu', ").replace("(accelerator='cpu', \n", "(accelerator='cpu',"), scope)
+    exec(
+        block.replace("Trainer(", "Trainer(accelerator='cpu', ").replace(
+            "(accelerator='cpu', \n", "(accelerator='cpu',"
+        ),
+        scope,
+    )
     if "trainer" in scope:
         assert isinstance(scope["trainer"], Trainer)
         assert isinstance(scope["trainer"].strategy, (GaLoreDDPStrategy, GaLoreModelParallelStrategy))
