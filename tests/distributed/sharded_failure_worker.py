@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a run with FSDP2 in which the second raises, or is killed as it saves: the folder's name says which."""
+"""One process of a run with FSDP2 in which the second raises, or is killed as it saves, as the folder is called."""
 
 from __future__ import annotations
 
