@@ -365,7 +365,10 @@ def _cases() -> Iterator[tuple[str, ShardedCase]]:
         yield f"{mode}-no-sync", double(accumulate=2, syncs=False)
         for name, settings in SETTINGS.items():
             if mode == "step" or name in IN_ALL_MODES:
-                yield f"{mode}-{name}", double(settings, tolerance=1e-11 if "full" in name else None)
+                yield (
+                    f"{mode}-{name}",
+                    double(settings, tolerance=1e-11 if "full" in name else None, norms=name == "full"),
+                )
         yield f"{mode}-recomputed", double(model=Recomputed)
         yield f"{mode}-twice", double(model=Twice)
         yield f"{mode}-as-one", double(apart=False)
