@@ -10,11 +10,11 @@ from typing import Any
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_galore import GaLoreOptimizer
+from lightning_galore import GaLoreOptimizer, memory
 
 from .cases import MODES, settings_of, start
 from .processes import WORLD, begin, end
-from .sharded_cases import CASES, TENSOR_PARALLEL, ShardedRun, plain_wire, together, trained
+from .sharded_cases import CASES, TENSOR_PARALLEL, ShardedRun, plain_wire, sharded, together, trained
 
 
 def tensor_parallel(mode: str) -> ShardedRun:
@@ -27,6 +27,13 @@ def tensor_parallel(mode: str) -> ShardedRun:
     return trained(model, optimizer, case, 0)
 
 
+def budgeted() -> list[int]:
+    """Bytes by which a budget is divided, of weights whose parts are not alike."""
+    optimizer = sharded(CASES["step-shard"])[1]
+    ranks = {target: target.projection.rank for target in optimizer.targets.values()}
+    return list(memory.bytes_at(optimizer.base, optimizer.targets, optimizer.config, ranks).values())
+
+
 def main(folder: Path) -> None:
     rank = begin()
     results: dict[str, Any] = {}
@@ -37,6 +44,7 @@ def main(folder: Path) -> None:
             raise RuntimeError(f"case {name}") from error
     for mode in MODES:
         results[f"tensor-parallel-{mode}"] = tensor_parallel(mode)
+    results["budgeted"] = budgeted()
     for name, case in CASES.items():
         if case.counted:
             results[f"plain-{name}"] = plain_wire(case, rank)

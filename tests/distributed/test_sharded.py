@@ -104,6 +104,14 @@ def test_a_budget_of_bytes_is_that_of_each_process(sharded: Results, mode: str) 
         assert 0.6 * BUDGET < held <= BUDGET
 
 
+def test_all_divide_a_budget_alike(sharded: Results) -> None:
+    """Each by the largest part, or their ranks would part."""
+    one, other = (results["budgeted"] for results in sharded)
+    assert one == other
+    kept = [run_of(sharded, "step-shard", rank).kept_low for rank in range(WORLD)]
+    assert sum(one) == kept[0] > kept[1]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_adaptive_ranks_have_decided_something(sharded: Results, mode: str) -> None:
     ranks = {key: state["galore_rank"] for key, state in run_of(sharded, f"{mode}-rank-energy").state.items()}
