@@ -50,10 +50,14 @@ class Agreement:
         owners = self._team.divide(costs)
         self._owners = {one.target: owner for one, owner in zip(due, owners, strict=True)}
         for together in _rounds(due, owners):
-            # All take part in gathering before any begins to work, so that they work at the same time.
-            for one in [self._gathered(one, self._owners[one.target]) for one in together]:
-                if self._owners[one.target] == self._team.rank:
-                    self._mine[one.target] = self._refresher.refresh(one)
+            self._work(together)  # whose variables are gone before the next round gathers
+
+    def _work(self, together: Sequence[Due]) -> None:
+        """Refresh weights of which each process owns at most one."""
+        # All take part in gathering before any begins to work, so that they work at the same time.
+        for one in [self._gathered(one, self._owners[one.target]) for one in together]:
+            if self._owners[one.target] == self._team.rank:
+                self._mine[one.target] = self._refresher.refresh(one)
 
     def refresh(self, one: Due) -> Refresh:
         """What the weight's owner finds; every process calls this for the same weights in the same order."""

@@ -135,6 +135,8 @@ def bytes_at(
 ) -> dict[Target, int]:
     """Bytes that each projected weight's state would take at another rank, whatever it holds now.
 
+    Where weights are sharded, on the first process, whose parts are the largest: all must come to the same budget.
+
     Args:
         base: The wrapped optimizer.
         targets: Its projected weights.
@@ -145,7 +147,7 @@ def bytes_at(
         param: replace(target, projection=target.projection.with_rank(ranks[target]))
         for param, target in targets.items()
     }
-    held = _probed(base, shadows, config)
+    held = _probed(base, shadows, config, index=0)
     return {target: held[param] for param, target in targets.items()}
 
 
@@ -166,28 +168,30 @@ def full_rank_bytes(own: Mapping[str, Any], projection: Projection) -> int:
     return round(total)
 
 
-def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Tensor, int]:
+def _probed(
+    base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig, *, index: int | None = None
+) -> dict[Tensor, int]:
     """Bytes of state before it is there, by letting ``base`` step one proxy of each kind."""
     groups = {param: i for i, group in enumerate(base.param_groups) for param in group["params"]}
     probed: dict[tuple[Any, ...], int] = {}
     held = {}
     for param, target in targets.items():
-        low_shape = _low_part_shape(target.projection, param)
+        low_shape = _low_part_shape(target.projection, param, index)
         key = (groups[param], low_shape, param.dtype, param.device)
         if key not in probed:
             probed[key] = base_probe.probe_state(base, base.param_groups[groups[param]], low_shape, param)
-        held[param] = probed[key] + _basis_bytes(target.projection, param, config)
+        held[param] = probed[key] + _basis_bytes(target.projection, param, config, index)
     return held
 
 
-def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
+def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig, index: int | None = None) -> int:
     kept, shapes, sharding = config.basis_storage, projection.basis_shapes, Sharding.of(param)
     if sharding is not None and kept not in storage.CODECS:
-        shapes = sharding.basis_part_shapes(projection, divide=config.basis_placement == "shard")
+        shapes = sharding.basis_part_shapes(projection, divide=config.basis_placement == "shard", index=index)
     return sum(storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype) for shape in shapes)
 
 
-def _low_part_shape(projection: Projection, param: Tensor) -> tuple[int, int]:
-    """Shape of what this process holds of a low-rank tensor."""
+def _low_part_shape(projection: Projection, param: Tensor, index: int | None = None) -> tuple[int, int]:
+    """Shape of what a process holds of a low-rank tensor: this one, or one of those with a part of it."""
     sharding = Sharding.of(param)
-    return projection.low_shape if sharding is None else sharding.low_part_shape(projection)
+    return projection.low_shape if sharding is None else sharding.low_part_shape(projection, index=index)

@@ -13,17 +13,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_galore import base_probe, base_rules, dtensors, linalg, sharded_state, state_keys, weights
+from lightning_galore import (
+    admission,
+    base_rules,
+    foreign_shards,
+    linalg,
+    sharded_state,
+    state_keys,
+    weights,
+)
 from lightning_galore.backward import GradientHooks
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.coordinates import Coordinates
 from lightning_galore.distributed import Team
 from lightning_galore.fused import FusedLinears
-from lightning_galore.lift import check_lift, warn_of_idle_rounding
 from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
 from lightning_galore.proxies import Swap
-from lightning_galore.sharding import check_sharded_settings, common_shards
 from lightning_galore.stepping import Stepper
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
 from lightning_galore.watch import SubspaceControls
@@ -66,25 +72,18 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         config = config.with_settings(**settings) if config else GaLoreConfig(**settings)
         if isinstance(base, GaLoreOptimizer):
             raise ValueError(f"base={type(base).__name__} is wrapped already; use it as it is, or wrap its .base.")
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"base={base!r} must be a torch.optim.Optimizer over the model's parameters.")
+        admission.check_params(base, model)
         targets, table = select_targets(model, base.param_groups, config)
-        base_rules.check_base(base)
-        if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
-            state_keys.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
-        base_probe.check_moves(base, targets)
-        if config.moment_storage == "8bit":
-            base_probe.check_moment_bits(base, targets)
+        admission.check(base, targets, config)
         if config.weight_storage == "int8":
             weights.quantize(model, targets)
         elif model is not None:
             weights.dequantize(model, targets)  # of an earlier run
-        check_lift(config)
-        warn_of_idle_rounding(config, [param for group in base.param_groups for param in group["params"]])
+        admission.warn(base, config)
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
             if not any(map(state_keys.is_ours, base.state.get(param, ()))):
-                self._shrink_state(param, target)
+                admission.shrink_state(base, param, target)
 
     def _attach(self, base: Optimizer, config: GaLoreConfig, chosen: Chosen, model: nn.Module | None = None) -> None:
         super().__init__(base)
@@ -100,29 +99,11 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._know_params()
         self._projector.arrange(self.param_groups)
 
-    def _shrink_state(self, param: Tensor, target: Target) -> None:
-        """Give state that ``base`` made in its constructor the low-rank shape."""
-        if self.base.state.get(param):
-            if dtensors.is_sharded(param):
-                self.base.state[param] = {
-                    key: dtensors.whole(value) if isinstance(value, Tensor) else value
-                    for key, value in self.base.state[param].items()
-                }
-            base_rules.shrink_eager_state(self.base, param, target.projection.low_shape)
-            self.base.state[param] = sharded_state.placed(self.base.state[param], param, target)
-
     def _join_shards(self) -> None:
         """Where each process holds a part of every weight, refresh together from the start."""
-        shards = common_shards({target.name: param for param, target in self.targets.items()})
+        shards = admission.shards_of(self.base, self.targets, self.config)
         if shards is None or self.hooks.norms.shards is not None:
             return
-        base_rules.check_sharded(self.base)
-        if self._projector.lift.needs_grad:
-            raise ValueError(
-                f"lift={self.config.lift!r} with sharded weights (FSDP2): it needs norms of whole gradients. Use "
-                "lift='project_back', or GaLoreDDPStrategy, where weights are whole."
-            )
-        check_sharded_settings(self.config)
         self._projector.join(shards.team())
         self.hooks.norms.shards = shards
         self.hooks.defers = self.config.mode == "project"
@@ -167,7 +148,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._know_params()
         for param, target in targets.items():
             if param not in self.targets:
-                self._shrink_state(param, target)
+                admission.shrink_state(self.base, param, target)
                 self.targets[param] = target
         self._join_shards()
         self._projector.arrange(self.param_groups)
@@ -180,6 +161,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         self._places.update(
             (param, (i, j)) for i, group in enumerate(self.param_groups) for j, param in enumerate(group["params"])
         )
+        foreign_shards.check_groups(self.param_groups, self.targets)
         if self.config.mode != "step":
             self.hooks.install(list(self._places))
             self._fuse()
@@ -196,12 +178,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
 
     def _fuse(self) -> None:
         model = self._model() if self._model is not None else None
-        if not self.config.fused_backward or model is None:
-            return
-        if self._projector.lift.needs_grad or self.hooks.norms.shards is not None:
-            reason = "sharded weights (FSDP2)" if self.hooks.norms.shards is not None else f"lift={self.config.lift!r}"
-            raise ValueError(f"fused_backward=True with {reason}: full gradients are needed. Set fused_backward=False.")
-        self.fused.install(model, self.targets)
+        if self.config.fused_backward and model is not None:
+            self.fused.install(model, self.targets)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -233,6 +211,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         swaps, dense = [], {}
         for group in self.param_groups:
             for param in group["params"]:
+                if param not in self._places:  # it has come past add_param_group
+                    self._know_params()
                 if param not in self.targets:
                     dense[param] = self._places[param]
                 elif param in self.hooks.waiting or param.grad is not None:

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from lightning_galore import dtensors
 from lightning_galore.bases import StoredBases
-from lightning_galore.config import GaLoreConfig, ProjType
+from lightning_galore.config import ProjType
 from lightning_galore.distributed import Team
 from lightning_galore.linalg import norm_sq
-from lightning_galore.storage import CODECS
-from lightning_galore.subspace import SUBSPACES, Projection, Side, resolve_side
+from lightning_galore.subspace import Projection, Side, resolve_side
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -75,10 +74,15 @@ class Shards:
             )
         return Team()
 
-    def extent(self, size: int) -> tuple[int, int]:
-        """First and last (excluded) index of this process's part of a dimension, as ``torch.chunk`` divides it."""
-        chunk = math.ceil(size / self.size)
-        return min(size, chunk * self.index), min(size, chunk * (self.index + 1))
+    def extent(self, size: int, index: int | None = None) -> tuple[int, int]:
+        """First and last (excluded) index of a part of a dimension, as ``torch.chunk`` divides it.
+
+        Args:
+            size: Of the dimension.
+            index: Which part; None for this process's. None is larger than the first.
+        """
+        chunk, index = math.ceil(size / self.size), self.index if index is None else index
+        return min(size, chunk * index), min(size, chunk * (index + 1))
 
     def placements(self, dim: int | None) -> tuple[Placement, ...]:
         """Those of a tensor that is divided along ``dim`` as the weights are; None for one that all hold."""
@@ -151,11 +155,11 @@ class Sharding:
         """Along which dimension low-rank gradients and moments are divided: the one that is not projected."""
         return None if self.dim is None or side == "full" else (0 if side == "right" else 1)
 
-    def low_part_shape(self, projection: Projection) -> tuple[int, int]:
-        """Shape of this process's part of a low-rank gradient."""
+    def low_part_shape(self, projection: Projection, *, index: int | None = None) -> tuple[int, int]:
+        """Shape of a process's part of a low-rank gradient; of this one's without ``index``."""
         shape, dim = list(projection.low_shape), self.low_dim(projection.side)
         if dim is not None:
-            first, last = self.shards.extent(shape[dim])
+            first, last = self.shards.extent(shape[dim], index)
             shape[dim] = last - first
         return shape[0], shape[1]
 
@@ -231,11 +235,13 @@ class Sharding:
             parts.append(part)
         return replace(bases, parts=tuple(parts))
 
-    def basis_part_shapes(self, projection: Projection, *, divide: bool) -> tuple[tuple[int, int], ...]:
-        """Shapes of what this process keeps of the bases, as :meth:`at_rest` divides them."""
+    def basis_part_shapes(
+        self, projection: Projection, *, divide: bool, index: int | None = None
+    ) -> tuple[tuple[int, int], ...]:
+        """Shapes of what a process keeps of the bases, as :meth:`at_rest` divides them; this one without ``index``."""
         shapes = []
         for (rows, rank), acts_on in zip(projection.basis_shapes, _acts_on(projection.side), strict=True):
-            first, last = self.shards.extent(rows) if divide or acts_on == self.dim else (0, rows)
+            first, last = self.shards.extent(rows, index) if divide or acts_on == self.dim else (0, rows)
             shapes.append((last - first, rank))
         return tuple(shapes)
 
@@ -300,29 +306,6 @@ def common_shards(weights: Mapping[str, Tensor]) -> Shards | None:
 
 def _said(shards: Shards | None) -> str:
     return "not sharded" if shards is None else f"mesh {tuple(shards.mesh.shape)}, divided along axis {shards.axis}"
-
-
-def check_sharded_settings(config: GaLoreConfig) -> None:
-    """Refuse what cannot be done on parts of weights.
-
-    Raises:
-        ValueError: With the setting, its value and what to use instead.
-    """
-    if config.weight_storage == "int8":
-        raise ValueError(
-            "weight_storage='int8' with sharded weights (FSDP2): its blocks of codes would be cut. Set "
-            "weight_storage='param' (method='q-galore' too), or use GaLoreDDPStrategy, where weights are whole."
-        )
-    if config.basis_placement == "shard" and config.basis_storage in CODECS:
-        raise ValueError(
-            f"basis_placement='shard' with basis_storage={config.basis_storage!r}: its blocks of codes would be cut. "
-            "Set basis_placement='replicate', or keep the basis in bf16."
-        )
-    if SUBSPACES[config.subspace].uses_momentum:
-        raise ValueError(
-            f"subspace={config.subspace!r} with sharded weights (FSDP2) would gather every gradient and moment at "
-            "every step. Use 'randomized' or 'power', or GaLoreDDPStrategy."
-        )
 
 
 def shard_placement(shards: int, proj_type: ProjType = "std") -> Callable[[torch.nn.Parameter], Shard | None]:

@@ -49,7 +49,8 @@ class Stepper:
             if low_grad.full is not None:
                 low_grad.full = low_grad.full.add(param.detach(), alpha=penalty)
         carried = self._projector.carried(param, low_grad, group)
-        if low_grad.coordinates.gathers:  # not of all weights until they have stepped
+        # Not of all weights until they have stepped; in mode "layerwise" this one steps next.
+        if low_grad.coordinates.gathers and self._config.mode != "layerwise":
             low_grad.coordinates.let_go()
         return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
 

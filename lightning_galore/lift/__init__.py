@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a low-rank update becomes a weight update: one file a kind. Owns ``scale``; the basis is handed in."""
 
-from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift.base import Lift, Update
 from lightning_galore.lift.project_back import ProjectBack
 from lightning_galore.lift.rounding import Rounding, warn_of_idle_rounding
@@ -9,17 +8,4 @@ from lightning_galore.lift.rounding import Rounding, warn_of_idle_rounding
 LIFTS: dict[str, type[Lift]] = {"project_back": ProjectBack}
 
 
-def check_lift(config: GaLoreConfig) -> None:
-    """Refuse a lift in a mode that has not what it needs.
-
-    Raises:
-        ValueError: With the modes that have.
-    """
-    if LIFTS[config.lift].needs_grad and config.mode == "project":
-        raise ValueError(
-            f"lift={config.lift!r} with mode='project': it needs the full gradient, which that mode frees in backward. "
-            "Use mode='layerwise', which frees each as soon as its weight has moved, or mode='step'."
-        )
-
-
-__all__ = ["LIFTS", "Lift", "ProjectBack", "Rounding", "Update", "check_lift", "warn_of_idle_rounding"]
+__all__ = ["LIFTS", "Lift", "ProjectBack", "Rounding", "Update", "warn_of_idle_rounding"]

@@ -125,19 +125,32 @@ class GaLoreModelParallelStrategy(ReplicaCheck, GaLoreStrategy, ModelParallelStr
         assert self.model is not None
         assert self.lightning_module is not None
         strict = self.lightning_module.strict_loading
+        if self.is_global_zero:
+            sharded_files.put_back(path)
+        self.barrier()
+        rest: dict[str, Any]
         if (path / _METADATA_FILENAME).is_file():
+            states = [
+                sharded_files.read_named_state(path, place, optimizer, self.model)
+                for place, optimizer in enumerate(self.optimizers)
+            ]
+            self._check_states(states)
             rest = _load_checkpoint(path, {"state_dict": self.model}, strict=strict, weights_only=weights_only)
-            for place, optimizer in enumerate(self.optimizers):
-                sharded_files.load_named_state(path, place, optimizer, self.model)
-            return rest
-        # Each process reads what it needs of it.
-        checkpoint: Mapping[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-        checkpoint = prepare_to_load(checkpoint, self.lightning_module, self.config)
-        options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
-        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+        else:  # each process reads what it needs of it
+            rest = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+            states = rest.get("optimizer_states", [])
+            self._check_states(states)
+            checkpoint = prepare_to_load(rest, self.lightning_module, self.config)
+            options = StateDictOptions(full_state_dict=True, strict=strict)
+            set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)
+        for optimizer, state in zip(self.optimizers, states, strict=False):
             sharded_files.load_state_dict(optimizer, state)
-        return dict(checkpoint)
+        return rest
+
+    def _check_states(self, states: list[Any]) -> None:
+        """Refuse what does not fit before the weights are loaded."""
+        for optimizer, state in zip(self.optimizers, states, strict=False):
+            sharded_files.check(optimizer, state)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -27,13 +27,31 @@ PREFIX = "optimizer_"
 
 def replace_folder(new: Path, path: Path) -> None:
     """Give a folder that is whole its name. At no moment is there a part of one under that name."""
-    if path.is_file() or path.is_symlink():
+    old = _aside(path)
+    if path.is_symlink():
         path.unlink()
-    old = path.with_name(f".{path.name}.old")
     if path.exists():
+        _remove(old)  # of a process that was killed here
         path.rename(old)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def put_back(path: Path) -> None:
+    """Undo what :meth:`replace_folder` had done when its process was killed before the new one had its name."""
+    if not path.exists() and _aside(path).exists():
+        _aside(path).rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def named_state_dict(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -66,19 +84,19 @@ def whole_state_dict(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
     return {**held, "state": state} if keep else {}
 
 
-def load_named_state(path: Path, place: int, optimizer: Optimizer, module: nn.Module) -> None:
-    """Load an optimizer from a folder that any number of processes has written, each of these its part.
+def read_named_state(path: Path, place: int, optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimizer's state dict from a folder that any number of processes has written, each of these its part.
 
     Every tensor is made as it was saved (its dtype, and the shape of an adaptive rank) and divided as this run has it.
 
     Args:
         path: The folder.
         place: Of the optimizer, among several.
-        optimizer: Fresh, or about to lose its state.
+        optimizer: Says how the parts lie; it is not changed.
         module: Gives the names.
 
     Raises:
-        ValueError: If the folder holds no such optimizer, or another one's state; nothing has changed then.
+        ValueError: If the folder holds no such optimizer.
     """
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -105,7 +123,18 @@ def load_named_state(path: Path, place: int, optimizer: Optimizer, module: nn.Mo
     nested: dict[str, Any] = {"state": {}, "param_groups": []}
     for key, value in flat.items():
         _put(nested, paths[key], value)
-    load_state_dict(optimizer, nested)
+    return nested
+
+
+def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict that does not fit, before anything is loaded.
+
+    Raises:
+        ValueError: With what was saved, what is wanted and what to do.
+    """
+    groups, config = optimizer.param_groups, getattr(optimizer, "config", None)
+    targets = optimizer.targets if isinstance(optimizer, GaLoreOptimizer) else {}
+    state_keys.check_loadable(state_dict, groups, targets, adaptive=config is not None and config.adaptive_rank)
 
 
 def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_galore import GaLoreOptimizer
+from lightning_galore import GaLoreOptimizer, dtensors
 from lightning_galore.distributed import Team
 
 from .processes import WORLD
@@ -80,6 +80,10 @@ class Early(Branches):
         return super().forward(x, rank or micro, micro)
 
 
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
 @dataclass(frozen=True)
 class Case:
     """One run.
@@ -90,6 +94,7 @@ class Case:
         accumulate: Micro-batches a step.
         dtype: Of weights and data.
         model: Makes the model.
+        base: Makes the optimizer that is wrapped.
         steps: How many.
         threads: Of the second process.
         norms: Whether to ask for the gradient's norm before each step.
@@ -102,6 +107,7 @@ class Case:
     accumulate: int = 1
     dtype: torch.dtype = torch.float32
     model: Callable[[], nn.Module] = Chain
+    base: Callable[[nn.Module], torch.optim.Optimizer] = adamw
     steps: int = 20
     threads: int = 1
     norms: bool = False
@@ -140,27 +146,29 @@ def batch(step: int, micro: int, rank: int, dtype: torch.dtype) -> tuple[Tensor,
 
 def loss_of(model: nn.Module, step: int, micro: int, rank: int, dtype: torch.dtype) -> Tensor:
     inputs, wanted = batch(step, micro, rank, dtype)
+    model.step = step  # type: ignore[assignment]  # for one that behaves otherwise at some
     return nn.functional.mse_loss(model(inputs, rank, micro), wanted)
 
 
-def build(case: Case) -> tuple[nn.Module, GaLoreOptimizer]:
+def start(case: Case) -> nn.Module:
     torch.manual_seed(0)
-    model = case.model().to(case.dtype)
-    settings = {
-        "rank": 4,
-        "update_proj_gap": 5,
-        "scale": 1.0,
-        "mode": case.mode,
-        "target_modules": [nn.Linear],
-        **case.settings,
-    }
-    base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    return model, GaLoreOptimizer(base, model, **settings)
+    return case.model().to(case.dtype)
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    small = {"rank": 4, "update_proj_gap": 5, "scale": 1.0, "mode": case.mode, "target_modules": [nn.Linear]}
+    return {**small, **case.settings}
+
+
+def build(case: Case) -> tuple[nn.Module, GaLoreOptimizer]:
+    model = start(case)
+    settings = settings_of(case)
+    return model, GaLoreOptimizer(case.base(model), model, **settings)
 
 
 def dense(value: Tensor) -> Tensor:
-    """A weight in numbers, whatever it is kept in."""
-    value = value.detach()
+    """A weight in numbers, whatever it is kept in, and whole; collective if it is kept in parts."""
+    value = dtensors.whole(value.detach())
     return value.dequantize() if type(value) not in (Tensor, nn.Parameter) else value
 
 
