@@ -272,7 +272,7 @@ def kept_bytes(optimizer: GaLoreOptimizer, params: Iterable[Tensor]) -> tuple[in
 def _watch_refreshes(optimizer: GaLoreOptimizer) -> list[str]:
     refresher, found = optimizer._projector.refresher, []
     find = refresher.refresh
-    refresher.refresh = lambda *args: (found.append(args[1].name), find(*args))[1]  # type: ignore[method-assign,func-returns-value]
+    refresher.refresh = lambda one: (found.append(one.target.name), find(one))[1]  # type: ignore[method-assign,func-returns-value]
     return found
 
 
