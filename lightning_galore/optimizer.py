@@ -114,9 +114,9 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         if shards is None or self.hooks.norms.shards is not None:
             return
         base_rules.check_sharded(self.base)
-        if self._projector.lift.needs_grad:
+        if self._projector.lift.needs_grad or self._projector.lift.needs_whole:
             raise ValueError(
-                f"lift={self.config.lift!r} with sharded weights (FSDP2): it needs norms of whole gradients. Use "
+                f"lift={self.config.lift!r} with sharded weights (FSDP2): it needs whole gradients or updates. Use "
                 "lift='project_back', or GaLoreDDPStrategy, where weights are whole."
             )
         check_sharded_settings(self.config)
