@@ -14,7 +14,7 @@ from lightning_galore import GaLoreOptimizer
 from lightning_galore.moments import taken_over
 from lightning_galore.state_keys import BASIS
 from tests.family.common import LR, RANKS, SHAPES, STEPS, advance, backward, furthest, gradient, made, saved_and_loaded
-from tests.helpers import assert_orthonormal, same_bits
+from tests.helpers import Matrices, assert_orthonormal, same_bits
 from tests.reference.ldadam_reference import LDAdam
 
 BETAS = (0.908, 0.99)
@@ -240,3 +240,21 @@ def test_a_gradient_that_is_missing_or_not_finite_leaves_the_error_alone() -> No
 def test_mode_project_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=re.escape("lift='error_feedback' with mode='project'") + ".*mode='layerwise'"):
         ldadam(*SHAPES, mode="project")
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_moments_in_8_bits_are_followed_too(paged: bool) -> None:
+    """What is left over is that of moments in fp32, but for the rounding of their codes."""
+    if paged and not torch.cuda.is_available():
+        pytest.skip("paged memory needs a GPU")
+    bnb = pytest.importorskip("bitsandbytes")
+    errors = []
+    for bits in (32, 8):
+        model = Matrices((320, 256), dtype=torch.float32)
+        base = bnb.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, optim_bits=bits, is_paged=paged)
+        optimizer = GaLoreOptimizer(base, model, method="ldadam", rank=16)
+        advance(model, optimizer, range(4))
+        (weight,) = model.parameters()
+        assert (optimizer.state[weight]["state1"].dtype == torch.uint8) == (bits == 8)
+        errors.append(optimizer.state[weight][ERROR])
+    assert 0 < float((errors[1] - errors[0]).norm() / errors[0].norm()) < 0.05
