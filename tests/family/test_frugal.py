@@ -42,7 +42,9 @@ def basis_of(optimizer: GaLoreOptimizer, weight: Tensor, choice: str) -> Tensor:
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(
-    "how", [{}, {"decoupled": 0.1}, {"coupled": 0.1}, {"factor": 0.1}, {"ascends": True, "coupled": 0.1}], ids=str
+    "how",
+    [{}, {"decoupled": 0.1}, {"coupled": 0.1}, {"factor": 0.1, "scale": 0.5}, {"ascends": True, "coupled": 0.1}],
+    ids=str,
 )
 def test_it_is_the_papers_algorithm(how: dict[str, Any], choice: Any, rank: int, mode: Any) -> None:
     decay = how.get("decoupled", how.get("coupled", 0.0))
@@ -55,6 +57,7 @@ def test_it_is_the_papers_algorithm(how: dict[str, Any], choice: Any, rank: int,
         mode=mode,
         update_proj_gap=GAP,
         residual_scale=how.get("factor", 1.0),
+        scale=how.get("scale"),
     )
     expected = [weight.detach().clone() for weight in model.parameters()]
     plain = [Frugal(lr=LR, betas=BETAS, **how) for _ in SHAPES]

@@ -34,7 +34,9 @@ def ldadam(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64, **setti
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize(
-    "how", [{}, {"decoupled": 0.1}, {"coupled": 0.1}, {"clip": 20.0}, {"coupled": 0.1, "clip": 20.0}], ids=str
+    "how",
+    [{}, {"decoupled": 0.1}, {"coupled": 0.1}, {"clip": 20.0}, {"coupled": 0.1, "clip": 20.0, "scale": 0.5}],
+    ids=str,
 )
 def test_it_is_the_papers_algorithm(how: dict[str, float], rank: int, mode: Any) -> None:
     decay = how.get("decoupled", how.get("coupled", 0.0))
@@ -45,6 +47,7 @@ def test_it_is_the_papers_algorithm(how: dict[str, float], rank: int, mode: Any)
         rank=rank,
         mode=mode,
         clip_weight_norm=how.get("clip"),
+        scale=how.get("scale"),
     )
     expected = [weight.detach().clone() for weight in model.parameters()]
     plain = [LDAdam(rank=rank, lr=LR, betas=BETAS, rho=0.908, **how) for _ in SHAPES]  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ class Frugal:
     betas: tuple[float, float]
     factor: float = 1.0
     eps: float = 1e-8
+    scale: float = 1.0
     decoupled: float = 0.0
     coupled: float = 0.0
     ascends: bool = False
@@ -55,5 +56,5 @@ class Frugal:
         self.v = b2 * self.v + (1 - b2) * low**2
         mean, variance = self.m / (1 - b1**self.step), self.v / (1 - b2**self.step)
         weight.mul_(1 - self.lr * self.decoupled)
-        weight.sub_(self.lr * self.basis @ (mean / (variance.sqrt() + self.eps)))
+        weight.sub_(self.lr * self.scale * self.basis @ (mean / (variance.sqrt() + self.eps)))
         weight.sub_(self.lr * self.factor * residual.sign())

@@ -27,6 +27,7 @@ class LDAdam:
     betas: tuple[float, float]
     rho: float
     eps: float = 1e-8
+    scale: float = 1.0
     decoupled: float = 0.0
     coupled: float = 0.0
     clip: float = float("inf")
@@ -61,4 +62,4 @@ class LDAdam:
         self.basis, self.step = basis, self.step + 1
         mean, variance = self.m / (1 - b1**self.step), self.v / (1 - b2**self.step)
         weight.mul_(1 - self.lr * self.decoupled)
-        weight.sub_(self.lr * basis @ (mean / (variance.sqrt() + self.eps)))
+        weight.sub_(self.lr * self.scale * basis @ (mean / (variance.sqrt() + self.eps)))
