@@ -78,27 +78,26 @@ def shrink_state(base: Optimizer, param: Tensor, target: Target) -> None:
 
 
 def _check_lift(config: GaLoreConfig, *, sharded: bool) -> None:
-    if not LIFTS[config.lift].needs_grad:
-        if config.fused_backward and sharded:
-            raise ValueError(
-                "fused_backward=True with sharded weights (FSDP2), whose gradients FSDP2 adds up itself. Set "
-                "fused_backward=False, or use GaLoreDDPStrategy."
-            )
-        return
-    if config.mode == "project":
+    lift = LIFTS[config.lift]
+    if lift.needs_grad and config.mode == "project":
         raise ValueError(
             f"lift={config.lift!r} with mode='project': it needs the full gradient, which that mode frees in backward. "
             "Use mode='layerwise', which frees each as soon as its weight has moved, or mode='step'."
         )
-    if config.fused_backward:
+    if lift.needs_grad and config.fused_backward:
         raise ValueError(
             f"fused_backward=True with lift={config.lift!r}: it needs the full gradient, which would not be computed. "
             "Set fused_backward=False."
         )
-    if sharded:
+    if sharded and (lift.needs_grad or lift.needs_whole):
         raise ValueError(
-            f"lift={config.lift!r} with sharded weights (FSDP2): it needs norms of whole gradients. Use "
+            f"lift={config.lift!r} with sharded weights (FSDP2): it needs whole gradients or updates. Use "
             "lift='project_back', or GaLoreDDPStrategy, where weights are whole."
+        )
+    if sharded and config.fused_backward:
+        raise ValueError(
+            "fused_backward=True with sharded weights (FSDP2), whose gradients FSDP2 adds up itself. Set "
+            "fused_backward=False, or use GaLoreDDPStrategy."
         )
 
 

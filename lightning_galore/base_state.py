@@ -67,16 +67,25 @@ def weight_sum(state: Mapping[str, Any], group: Mapping[str, Any], *, decay: str
         decay: ``beta1``, ``beta2`` or the name of the setting that is the rate.
         sums: Each term comes with its full weight, not with ``1 - rate`` of it.
     """
-    if decay in ("beta1", "beta2"):
-        rate = float((group.get("betas") or (0.0, 0.0))[int(decay[-1]) - 1])
-    else:
-        rate = float(group.get(decay) or 0.0)
+    rate = rate_of(group, decay)
     step = float(state.get("step", group.get("step", math.inf)))
     total = 1.0 - rate**step if step > 0 else 1.0
     if sums and rate < 1.0:
         # bitsandbytes, which counts steps, takes no notice of its dampening.
         total *= (1.0 if "step" in state else 1.0 - float(group.get("dampening") or 0.0)) / (1.0 - rate)
     return total or 1.0
+
+
+def rate_of(group: Mapping[str, Any], decay: str) -> float:
+    """Share of an average that is left after one more term.
+
+    Args:
+        group: A param group.
+        decay: As in :func:`weight_sum`.
+    """
+    if decay in ("beta1", "beta2"):
+        return float((group.get("betas") or (0.0, 0.0))[int(decay[-1]) - 1])
+    return float(group.get(decay) or 0.0)
 
 
 def is_paged(value: object) -> bool:

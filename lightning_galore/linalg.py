@@ -218,6 +218,37 @@ def is_nearly_orthonormal(
         return False
 
 
+def standardized(
+    matrix: Tensor,  # (r, l)
+) -> Tensor:
+    """Rows of mean 0 and mean square 1, in fp32 at least; rows without spread are 0."""
+    work = matrix.to(decomposition_dtype(matrix.dtype))
+    # In units of the largest entry, so that no square leaves the range of fp32.
+    unit = work.abs().amax()
+    work = work / torch.where(unit > 0, unit, torch.ones_like(unit))
+    spread, mean = torch.std_mean(work, dim=1, correction=0, keepdim=True)
+    # Rounding leaves a constant row with a spread of about its last digit.
+    constant = spread <= 8 * torch.finfo(work.dtype).eps * mean.abs()
+    return torch.where(constant, torch.zeros_like(work), (work - mean) / spread)
+
+
+def whitened(
+    matrix: Tensor,  # (r, l)
+) -> Tensor:
+    """``(A A^T)^(-1/2) A``: all singular values become 1, but for those that are no more than rounding errors, 0.
+
+    By an eigendecomposition of the small Gram matrix in fp64. Zeros where that fails.
+    """
+    work = matrix.to(torch.float64)
+    try:
+        values, vectors = torch.linalg.eigh(work @ work.mT)
+    except torch.linalg.LinAlgError:
+        return torch.zeros_like(matrix)
+    least = values[-1] * max((torch.finfo(matrix.dtype).eps * max(matrix.shape)) ** 2, 1e-15 * matrix.shape[0])
+    roots = torch.where(values > least, values, torch.inf).rsqrt()
+    return ((vectors * roots) @ (vectors.mT @ work)).to(matrix.dtype)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Leave ``torch.autocast``: a training loop may step and go backward inside, and matrices here keep their dtype."""
     if torch.amp.is_autocast_available(device.type):

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_galore import base_probe, dtensors, state_keys, storage
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.lift import LIFTS
 from lightning_galore.sharding import Sharding
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
@@ -30,6 +31,7 @@ class Footprint:
         weights: The parameters themselves.
         bases: Bases of the projected ones.
         moments: State of the wrapped optimizer.
+        lifts: What the lift keeps of projected weights.
         gradients: What is alive after the last backward of a step, by ``mode``. (A weight whose refresh waits for the
             end of an accumulation has its full gradient until then, whatever the mode.)
     """
@@ -38,11 +40,12 @@ class Footprint:
     bases: int
     moments: int
     gradients: int
+    lifts: int = 0
 
     @property
     def total(self) -> int:
         """All categories."""
-        return self.weights + self.bases + self.moments + self.gradients
+        return self.weights + self.bases + self.moments + self.gradients + self.lifts
 
 
 def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> Footprint:
@@ -54,7 +57,7 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
         config: Says how bases and low-rank gradients are kept.
     """
     tally = _Tally(base)
-    weights = bases = gradients = 0
+    weights = bases = gradients = lifts = 0
     for group in base.param_groups:
         for param in group["params"]:
             weights += storage.nbytes(param)
@@ -63,11 +66,12 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
             if target is not None:
                 state = state_keys.WeightState(base.state.get(param) or {}, target.projection)
                 shape = _low_part_shape(state.projection, param)
+                lifts += _lift_bytes(state.projection, param, config)
                 bases += state.bases.nbytes if state.has_bases else _basis_bytes(target.projection, param, config)
             own = {k: v for k, v in (base.state.get(param) or {}).items() if not state_keys.is_ours(k)}
             tally.add(own or None, group, shape, param)
             gradients += _gradient_bytes(param, None if target is None else shape, config)
-    return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients)
+    return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients, lifts=lifts)
 
 
 class _Tally:
@@ -109,7 +113,7 @@ def _gradient_bytes(param: Tensor, low_shape: tuple[int, ...] | None, config: Ga
 
 
 def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Target, int]:
-    """Bytes of each projected weight's state: the wrapped optimizer's own, and the basis.
+    """Bytes of each projected weight's state: the wrapped optimizer's own, the basis, and what the lift keeps.
 
     Before the first step those that will be taken, found by letting ``base`` step a proxy of the same shape.
 
@@ -126,7 +130,8 @@ def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLore
     held = _probed(base, fresh, config)
     for param, state in states.items():
         if param not in fresh:
-            held[param] = storage.nbytes(state.own) + _basis_bytes(state.projection, param, config)
+            ours = _basis_bytes(state.projection, param, config) + _lift_bytes(state.projection, param, config)
+            held[param] = storage.nbytes(state.own) + ours
     return {target: held[param] for param, target in targets.items()}
 
 
@@ -180,7 +185,8 @@ def _probed(
         key = (groups[param], low_shape, param.dtype, param.device)
         if key not in probed:
             probed[key] = base_probe.probe_state(base, base.param_groups[groups[param]], low_shape, param)
-        held[param] = probed[key] + _basis_bytes(target.projection, param, config, index)
+        ours = _basis_bytes(target.projection, param, config, index) + _lift_bytes(target.projection, param, config)
+        held[param] = probed[key] + ours
     return held
 
 
@@ -189,6 +195,12 @@ def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig, in
     if sharding is not None and kept not in storage.CODECS:
         shapes = sharding.basis_part_shapes(projection, divide=config.basis_placement == "shard", index=index)
     return sum(storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype) for shape in shapes)
+
+
+def _lift_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
+    shapes = LIFTS[config.lift].build(config).kept_shapes(projection).values()
+    sizes = (math.prod(shape) * (param.dtype.itemsize if shape else 4) for shape in shapes)
+    return sum(sizes)
 
 
 def _low_part_shape(projection: Projection, param: Tensor, index: int | None = None) -> tuple[int, int]:

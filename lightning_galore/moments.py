@@ -264,11 +264,36 @@ _ORDER = {"first": 0, "maximum": 2}
 
 def first_moment(base: Optimizer, state: State, group: State) -> Tensor | None:
     """Average of the last gradients in low-rank coordinates, bias-corrected; None if ``base`` keeps none (yet)."""
+    known = _first(base, state)
+    if known is None:
+        return None
+    key, rule = known
+    return _plain(base_state.read(state, key)) / base_state.weight_sum(state, group, decay=rule.decay, sums=rule.sums)
+
+
+def copied_first_moment(base: Optimizer, state: State) -> Tensor | None:
+    """The same as it is kept, its bias not corrected, in memory of its own; None if ``base`` keeps none (yet)."""
+    known = _first(base, state)
+    return None if known is None else _plain(base_state.read(state, known[0])).clone()
+
+
+def taken_over(base: Optimizer, state: State, group: State) -> float:
+    """How much of the first moment the next one takes over, per share of the next gradient: ``beta1 / (1 - beta1)``."""
+    known = _first(base, state)
+    if known is None:
+        return 0.0
+    rule = known[1]
+    # The first step of all shows with which share a gradient comes.
+    begun = {**state, "step": 1} if "step" in state else state
+    share = base_state.weight_sum(begun, {**group, "step": 1}, decay=rule.decay, sums=rule.sums)
+    return base_state.rate_of(group, rule.decay) / share
+
+
+def _first(base: Optimizer, state: State) -> tuple[str, StateRule] | None:
     for key, value in state.items():
         rule = base_rules.state_rule(base, key)
         if rule and rule.kind == "first" and rule.decay and isinstance(value, Tensor):
-            total = base_state.weight_sum(state, group, decay=rule.decay, sums=rule.sums)
-            return _plain(base_state.read(state, key)) / total
+            return key, rule
     return None
 
 

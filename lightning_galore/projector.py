@@ -17,9 +17,9 @@ from lightning_galore.agreement import Agreement
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.coordinates import Coordinates
 from lightning_galore.distributed import Team
-from lightning_galore.lift import LIFTS
+from lightning_galore.lift import LIFTS, Turned
 from lightning_galore.low_grad import Accumulator, LowGrad
-from lightning_galore.moments import MOMENTS
+from lightning_galore.moments import MOMENTS, copied_first_moment, taken_over
 from lightning_galore.rank import Extent, StateBudget
 from lightning_galore.refresh import Due, Refresh, Refresher, RefreshEvent
 from lightning_galore.schedule import SCHEDULES, Observation, RefreshRecord
@@ -48,7 +48,7 @@ class Projector:
         self.forced: frozenset[Tensor] | None = None
         #: Whether to measure the captured energy at every step.
         self.watching = False
-        self.lift = LIFTS[config.lift]()
+        self.lift = LIFTS[config.lift].build(config)
         self._moments = MOMENTS[config.moments]()
         self._base, self._targets = base, targets
         #: The energy at the last step that measured it; not part of the state.
@@ -177,8 +177,7 @@ class Projector:
             raise ValueError(
                 f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
             )
-        refresh, sharding = None, self.sharding_of(param)
-        more = self.lift.left_over(state.lift_entries) if self.lift.leaves_over else None
+        refresh, sharding, more = None, self.sharding_of(param), self.left_over(param)
         if due:
             # Of one weight at a time.
             seen = grad if more is None else grad + more
@@ -194,8 +193,6 @@ class Projector:
         projection = target.projection.with_rank(stored.rank)
         coordinates = Coordinates(projection, stored, sharding, dtype=grad.dtype)
         low = coordinates.project(grad)
-        if more is not None:
-            low += coordinates.project(more)
         decides = bool(refresh and refresh.found) or (
             self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))
         )
@@ -227,6 +224,10 @@ class Projector:
         accumulator = self._accumulator(low, target, self.state_of(param).step)
         return LowGrad(low, target=target, coordinates=self.coordinates(param), refresh=None, accumulator=accumulator)
 
+    def left_over(self, param: Tensor) -> Tensor | None:
+        """What earlier steps have left for the next gradient ``(m, n)``; it is no part of that gradient's norm."""
+        return self.lift.left_over(self.state_of(param).lift_entries) if self.lift.leaves_over else None
+
     def _accumulator(self, grad: Tensor, target: Target, step: int) -> Accumulator | None:
         kept, seed = self.config.accumulator_storage, self.config.seed
         if kept == "param" or self.config.mode == "step":
@@ -249,6 +250,20 @@ class Projector:
         # Made in the optimizer's constructor (Adagrad), for the most that the rank may be.
         shape = low_grad.target.projection.low_shape
         return base_rules.resized_constants(own, shape, low_grad.projection.low_shape)
+
+    def turn(
+        self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any] | None, Turned | None]:
+        """:meth:`carried`, and what that did to the first moment, where the lift follows it."""
+        state = self.state_of(param)
+        follows = self.lift.follows_moment and low_grad.refresh is not None and low_grad.refresh.change is not None
+        before = copied_first_moment(self._base, state.own) if follows else None
+        carried = self.carried(param, low_grad, group)
+        after = copied_first_moment(self._base, carried) if before is not None and carried else None
+        if before is None or after is None:  # moments that begin anew are forgotten, not left over
+            return carried, None
+        share = taken_over(self._base, state.own, group)
+        return carried, Turned(old=state.bases, before=before, after=after, share=share)
 
     def commit(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> None:
         """Write into the state what the weight's step has shown: it is taken now."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_galore import base_rules, linalg, state_keys
+from lightning_galore.lift import Turned
 from lightning_galore.low_grad import LowGrad
 
 
@@ -26,6 +27,8 @@ class Swap:
         group: Its param group.
         low_grad: What the proxy is of, for a projected weight; None for another one, whose proxy has its shape.
         carried: ``base``'s own state of it in new coordinates; None where its coordinates have not changed.
+        turned: What that did to the first moment, for a lift that wants to know.
+        penalty: Factor on the weight that its full gradient still lacks, of a coupled decay.
     """
 
     param: Tensor
@@ -33,6 +36,8 @@ class Swap:
     group: dict[str, Any]
     low_grad: LowGrad | None = None
     carried: Mapping[str, Any] | None = None
+    turned: Turned | None = None
+    penalty: float = 0.0
 
     @property
     def skips(self) -> bool:

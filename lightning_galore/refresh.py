@@ -19,7 +19,7 @@ from lightning_galore.moments import Change, first_moment
 from lightning_galore.rank import RANK_RULES, StateBudget
 from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState
-from lightning_galore.subspace import SUBSPACES, Found, Known, Side, seeded_generator
+from lightning_galore.subspace import SUBSPACES, Found, Known, RandomOrthonormal, Side, seeded_generator
 from lightning_galore.targets import Target
 
 #: Singular values that a refresh reports, for the pictures of ``lightning-galore report``.
@@ -125,7 +125,9 @@ class Refresher:
         seed, refreshes = self.config.seed, state.num_refreshes
         generator = seeded_generator(grad.device, seed=seed, name=target.name, draw=refreshes)
         known = self._known(grad, state, group)
-        found = self.subspace.find(
+        late = self.config.random_after is not None and state.step >= self.config.random_after
+        subspace = RandomOrthonormal() if late else self.subspace  # GoLore, arXiv 2410.11289
+        found = subspace.find(
             grad, target.projection, generator=generator, known=known, fix_signs=self.config.fix_signs
         )
         if found is None:

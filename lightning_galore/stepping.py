@@ -43,16 +43,25 @@ class Stepper:
         if norm_sq is not None:
             for grad in (low_grad.grad, low_grad.full):
                 clip_(grad, self._config.clip_weight_norm, norm_sq=norm_sq)
+        more = self._projector.left_over(param)
+        if more is not None:  # only now: what is left over was clipped when it was a gradient
+            low_grad.grad.add_(low_grad.coordinates.project(more))
         penalty = self._penalty(group)
         if penalty:
             low_grad.grad.add_(low_grad.coordinates.project(param.detach()), alpha=penalty)
-            if low_grad.full is not None:
-                low_grad.full = low_grad.full.add(param.detach(), alpha=penalty)
-        carried = self._projector.carried(param, low_grad, group)
+        carried, turned = self._projector.turn(param, low_grad, group)
         # Not of all weights until they have stepped; in mode "layerwise" this one steps next.
         if low_grad.coordinates.gathers and self._config.mode != "layerwise":
             low_grad.coordinates.let_go()
-        return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
+        return Swap(
+            param=param,
+            proxy=low_grad.proxy,
+            group=group,
+            low_grad=low_grad,
+            carried=carried,
+            turned=turned,
+            penalty=penalty,
+        )
 
     def step(
         self, swaps: list[Swap], dense: Mapping[Tensor, tuple[int, int]], *, few: bool = False, **kwargs: Any
@@ -117,15 +126,19 @@ class Stepper:
         state = self._projector.state_of(swap.param)
         step = state.step
         self._projector.commit(swap.param, low_grad, group)
-        scale = group.get("scale") or self._config.scale
+        scale = group.get("scale") or self._config.alpha
         scale *= base_rules.lift_factor(group, projection.shape, projection.low_shape)
         coordinates, lift = low_grad.coordinates, self._projector.lift
+        full = low_grad.full
+        if full is not None and swap.penalty:  # of one weight at a time
+            full = full.add(swap.param.detach(), alpha=swap.penalty)
         # Where processes hold parts of the weight, each lifts its own.
         update = Update(
             low_update=coordinates.spread(swap.proxy.detach()),
             low_grad=coordinates.spread(low_grad.grad) if lift.needs_grad else low_grad.grad,
-            grad=None if low_grad.full is None else dtensors.local(low_grad.full),
+            grad=None if full is None else dtensors.local(full),
             lr=group["lr"],
+            turned=swap.turned,
             ascends=bool(group.get("maximize")),
             entries=state.lift_entries if lift.needs_grad else {},
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_galore.config import AUTO, GROUP_KEYS, METHODS, SCHEDULE_SETTINGS, GaLoreConfig
+from lightning_galore.config.presets import NEEDED, WHY
 from lightning_galore.subspace import SUBSPACES
 
 
@@ -88,7 +89,11 @@ from lightning_galore.subspace import SUBSPACES
         ({"tracking_rho": 1.0}, r"tracking_rho=1\.0 must be in \[0, 1\); 0\.7 follows the first moment mostly"),
         ({"tracking_rho": -0.1}, r"tracking_rho=-0\.1 must be in \[0, 1\)"),
         ({"clip_weight_norm": 0.0}, r"clip_weight_norm=0\.0 must be positive and finite; None clips nothing"),
-        ({"lift": "fira"}, r"lift='fira' is not known; choose one of 'project_back'"),
+        ({"residual_scale": 0.0}, r"residual_scale=0\.0 must be positive and finite; 1\.0 suits pre-training"),
+        ({"random_after": -1}, r"random_after=-1 must be at least 0; None never takes random bases"),
+        ({"random_after": 5, "subspace": "gaussian"}, r"random_after=5 draws orthonormal bases.*subspace='gaussian'"),
+        ({"random_after": 5, "rank_rule": "energy"}, r"random_after=5 .*Use rank_rule='fixed'"),
+        ({"lift": "fira"}, r"lift='fira' is not known; choose one of 'auto', 'project_back'"),
         (
             {"basis_storage": "int3"},
             r"basis_storage='int3' is not known; choose one of 'auto', 'param', 'fp32', 'bf16', 'fp16', 'int8', 'int4'",
@@ -115,7 +120,7 @@ def test_value_out_of_range_is_refused(setting: dict[str, Any], message: str) ->
         ({"grow_above": True}, r"grow_above=True must be a number"),
         ({"min_rank": 0.5}, r"min_rank=0\.5 must be an integer"),
         ({"state_budget": 1e6, "rank_rule": "energy"}, r"state_budget=1000000\.0 must be an integer; give bytes"),
-        ({"tracking_rho": None}, r"tracking_rho=None must be a number"),
+        ({"tracking_rho": "0.7"}, r"tracking_rho='0\.7' must be a number"),
         ({"rank_pattern": 4}, r"rank_pattern=4 must map module names to ranks, e\.g\."),
         ({"rank_pattern": ["mlp"]}, r"rank_pattern=\['mlp'\] must map module names to ranks, e\.g\."),
         ({"rank_pattern": {3: 4}}, r"rank_pattern=\{3: 4\} must map module names to ranks, not 3"),
@@ -180,8 +185,9 @@ def test_defaults_beyond_the_paper() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_method_fills_the_axes_left_open(method: Any) -> None:
-    config = GaLoreConfig(method=method)
     wanted = {**AUTO, **METHODS[method]}
+    wanted |= {axis: 8 for axis, choice in wanted.items() if choice == NEEDED}
+    config = GaLoreConfig(method=method, **{axis: wanted[axis] for axis in WHY if wanted[axis] is not None})
     assert {axis: getattr(config, axis) for axis in wanted} == wanted
     assert config.subspace in SUBSPACES
     others: dict[str, Any] = {
@@ -190,6 +196,10 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
         "stagger": True,
         "moments": "reset",
         "update_proj_gap": 7,
+        "random_after": 5,
+        "tracking_rho": 0.3,
+        "scale": 2.0,
+        "lift": "whiten",
         "basis_storage": "fp16",
         "weight_storage": "int8",
         "moment_storage": "base",
@@ -198,6 +208,13 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
     assert others.keys() == AUTO.keys()
     named = GaLoreConfig(method=method, **others)
     assert {axis: getattr(named, axis) for axis in AUTO} == others
+
+
+@pytest.mark.parametrize("axis", WHY)
+def test_a_method_says_what_it_needs_to_be_told(axis: str) -> None:
+    (method,) = [method for method, row in METHODS.items() if row.get(axis) == NEEDED]
+    with pytest.raises(ValueError, match=f"method='{method}' with {axis}=None: .*{axis}=8000"):
+        GaLoreConfig(method=method)  # type: ignore[arg-type]
 
 
 def test_int8_weights_are_rounded_at_random_unless_it_is_said() -> None:

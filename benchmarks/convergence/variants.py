@@ -35,6 +35,7 @@ class Variant:
         text: What it is, for the table's reader.
         moments_in_8bit: Whether bitsandbytes' AdamW8bit is wrapped instead of torch's AdamW; for ``galore``.
         bf16: Whether all weights are in bf16 alone.
+        sgd: Whether torch's SGD is wrapped instead, over the matrices alone, with AdamW for the others; for ``galore``.
     """
 
     kind: Kind
@@ -42,15 +43,18 @@ class Variant:
     text: str = ""
     moments_in_8bit: bool = False
     bf16: bool = False
+    sgd: bool = False
 
     @property
     def optional(self) -> dict[str, Any]:
         """The fields that few variants have, where they have them: older runs know nothing of them."""
-        return {name: True for name in ("moments_in_8bit", "bf16") if getattr(self, name)}
+        return {name: True for name in ("moments_in_8bit", "bf16", "sgd") if getattr(self, name)}
 
 
-def _galore(text: str, *, moments_in_8bit: bool = False, bf16: bool = False, **settings: Any) -> Variant:
-    return Variant(kind="galore", settings=settings, text=text, moments_in_8bit=moments_in_8bit, bf16=bf16)
+def _galore(
+    text: str, *, moments_in_8bit: bool = False, bf16: bool = False, sgd: bool = False, **settings: Any
+) -> Variant:
+    return Variant(kind="galore", settings=settings, text=text, moments_in_8bit=moments_in_8bit, bf16=bf16, sgd=sgd)
 
 
 def _changed(text: str, **settings: Any) -> Variant:
@@ -90,6 +94,13 @@ VARIANTS: dict[str, Variant] = {
     "track-1": _galore("tracked basis, every step", method="galore-track", update_proj_gap=1),
     "track-5": _galore("tracked basis, every 5 steps", method="galore-track", update_proj_gap=5),
     "track-10": _galore("tracked basis, every 10 steps", method="galore-track", update_proj_gap=10),
+    "ldadam": _galore("LDAdam: a basis a step, error feedback", method="ldadam", update_proj_gap=1),
+    "ldadam-no-feedback": _galore("the same without", method="ldadam", update_proj_gap=1, lift="project_back"),
+    "frugal": _galore("FRUGAL, columns at random, signs of the rest", method="frugal"),
+    "frugal-block": _galore("the same, a block of columns", method="frugal", subspace="block"),
+    "frugal-svd": _galore("the same, singular vectors", method="frugal", subspace="svd"),
+    "golore": _galore("GoLore, random bases after 320 steps", method="golore", random_after=320),
+    "swan": _galore("whitened in the subspace, over SGD", method="swan", sgd=True),
 }
 
 
@@ -217,13 +228,16 @@ def _galore_torch(variant: Variant, task: Task) -> list[Optimizer]:
 def _this_package(variant: Variant, task: Task) -> list[Optimizer]:
     config = config_of(variant, rank=task.rank, seed=task.seed)
     base = _adamw8bit(task.groups()) if variant.moments_in_8bit else _adamw(task.groups())
+    others: list[Optimizer] = []
+    if variant.sgd:
+        base, others = torch.optim.SGD(task.matrices, lr=task.lr), [_adamw([{"params": task.dense, "lr": DENSE_LR}])]
     optimizer = GaLoreOptimizer(base, task.model, config)
     if {id(weight) for weight in optimizer.targets} != {id(weight) for weight in task.matrices}:
         raise ValueError(
             f"settings={dict(variant.settings)} and rank={task.rank} project {len(optimizer.targets)} weights, not the "
             f"{len(task.matrices)} that are compared; choose settings that project just these."
         )
-    return [optimizer]
+    return [optimizer, *others]
 
 
 _BUILDERS: dict[Kind, Callable[[Variant, Task], list[Optimizer]]] = {

@@ -7,20 +7,37 @@ from typing import Any, Literal
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 SubspaceName = Literal[
-    "auto", "randomized", "svd", "gram", "power", "track", "gaussian", "random_orthonormal", "columns"
+    "auto",
+    "randomized",
+    "svd",
+    "gram",
+    "power",
+    "track",
+    "blend",
+    "gaussian",
+    "random_orthonormal",
+    "columns",
+    "coordinates",
+    "block",
 ]
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["fixed", "energy", "noise_edge"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
-LiftName = Literal["project_back"]
+LiftName = Literal["auto", "project_back", "error_feedback", "sign_residual", "whiten"]
 BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
 WeightStorage = Literal["auto", "param", "int8"]
 MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
 BasisPlacement = Literal["replicate", "shard"]
 Mode = Literal["step", "project", "layerwise"]
-Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore"]
+Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore", "ldadam", "frugal", "golore", "swan"]
 
+#: In a method's row: the user must say it, and why.
+NEEDED = "needed"
+WHY: dict[str, str] = {
+    "random_after": "for how many steps the bases come from the gradient. The paper takes random ones for the last "
+    "fifth of a run: of 10000 steps, random_after=8000",
+}
 #: What an axis is where neither the user nor a method says anything.
 AUTO: dict[str, Any] = {
     "subspace": "randomized",
@@ -28,6 +45,10 @@ AUTO: dict[str, Any] = {
     "stagger": True,
     "moments": "rotate_first",
     "update_proj_gap": 200,
+    "random_after": None,
+    "tracking_rho": 0.7,
+    "scale": 0.25,
+    "lift": "project_back",
     "basis_storage": "param",
     "weight_storage": "param",
     "moment_storage": "base",
@@ -64,6 +85,36 @@ METHODS: dict[str, dict[str, Any]] = {
         "moment_storage": "8bit",
         "stochastic_round": True,
     },
+    # arXiv 2410.16103, algorithm 1.
+    "ldadam": {
+        "subspace": "blend",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "rotate",
+        "update_proj_gap": 1,
+        "tracking_rho": 0.908,
+        "lift": "error_feedback",
+        "scale": 1.0,
+    },
+    # arXiv 2411.07837, algorithm 1, with columns (or rows) drawn at random.
+    "frugal": {
+        "subspace": "coordinates",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "reset",
+        "lift": "sign_residual",
+        "scale": 1.0,
+    },
+    # arXiv 2410.11289
+    "golore": {
+        "subspace": "svd",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "rotate_first",
+        "random_after": NEEDED,
+    },
+    # After arXiv 2412.13148, in the subspace and over SGD.
+    "swan": {"subspace": "randomized", "schedule": "fixed", "stagger": False, "lift": "whiten", "scale": 1.0},
 }
 #: How an axis is written that is left open.
 OPEN = ("auto", None)

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from lightning_galore.config.settings import GaLoreConfig
 
 
+#: Subspaces that know no singular values of the gradient.
+_BLIND = ("gaussian", "random_orthonormal", "columns", "coordinates", "block", "track", "blend")
+
+
 def check_numbers(config: GaLoreConfig) -> None:
     """Refuse ranks, factors and shares out of range."""
     check_rank("rank", config.rank)
@@ -21,6 +25,7 @@ def check_numbers(config: GaLoreConfig) -> None:
     check_share("rank_energy", config.rank_energy, remedy="0.9 holds nine tenths of the gradient's energy")
     check_share("tracking_rho", config.tracking_rho, below_one=True, remedy="0.7 follows the first moment mostly")
     check_positive("scale", config.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
+    check_positive("residual_scale", config.residual_scale, remedy="1.0 suits pre-training, 0.1 fine-tuning")
     check_positive("dense_lr_factor", config.dense_lr_factor, remedy="1.0 leaves the learning rate as it is")
     if config.clip_weight_norm is not None:
         check_positive("clip_weight_norm", config.clip_weight_norm, remedy="None clips nothing")
@@ -66,7 +71,15 @@ def check_subspace(config: GaLoreConfig) -> None:
             f"moments={config.moments!r} turns moments from one orthonormal basis to the next, and those of "
             "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
         )
-    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track"):
+    if config.random_after is not None:
+        check_int("random_after", config.random_after, minimum=0, remedy="None never takes random bases")
+        if config.subspace == "gaussian" or config.adaptive_rank:
+            raise ValueError(
+                f"random_after={config.random_after} draws orthonormal bases of a fixed rank; "
+                f"subspace={config.subspace!r} with rank_rule={config.rank_rule!r} has others. Use rank_rule='fixed' "
+                "and another subspace than 'gaussian', or leave random_after out."
+            )
+    if config.adaptive_rank and config.subspace in _BLIND:
         raise ValueError(
             f"rank_rule={config.rank_rule!r} looks at singular values of the gradient, which "
             f"subspace={config.subspace!r} does not find; use rank_rule='fixed', or a subspace such as 'randomized'."

@@ -19,7 +19,9 @@ from lightning_galore.config.presets import (
     AUTO,
     GROUP_KEYS,
     METHODS,
+    NEEDED,
     OPEN,
+    WHY,
     AccumulatorStorage,
     BasisPlacement,
     BasisStorage,
@@ -46,7 +48,7 @@ class GaLoreConfig:
             with ``min(m, n) <= rank`` would save nothing and stays full-rank.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace (``T`` in the paper). None is
             what ``method`` says, else 200.
-        scale: Factor on the projected-back update (``alpha`` in the paper).
+        scale: Factor on the projected-back update (``alpha`` in the paper). None is what ``method`` says, else 0.25.
         proj_type: Which side is projected. ``std``: the shorter dimension; ``reverse_std``: the longer one; ``left``:
             rows; ``right``: columns; ``full``: both (the low-rank gradient is ``r x r``).
         mode: When gradients are projected and weights move. ``step``: both in ``optimizer.step``. ``project``:
@@ -58,11 +60,16 @@ class GaLoreConfig:
         ignore_modules: Modules to leave out, written like a list for ``target_modules``.
         method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized), ``galore-track``
             (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
-            moments) or ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap). Settings you name win.
+            moments), ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap), ``ldadam`` (a basis for each
+            step, error feedback), ``frugal`` (signs of what the subspace leaves out), ``golore`` (random bases late in
+            training) or ``swan`` (whitened updates without moments). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
-            gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
-            orthonormal). ``auto`` is what ``method`` says, else ``randomized``.
+            gradient and first moment), ``blend`` (LDAdam's form of it), ``columns`` (the largest columns),
+            ``random_orthonormal``, ``gaussian`` (not orthonormal), ``coordinates`` (rows or columns drawn at random) or
+            ``block`` (a run of them). ``auto`` is what ``method`` says, else ``randomized``.
+        random_after: From this many steps of a weight on its bases are random orthonormal ones, whatever ``subspace``
+            says. None is what ``method`` says, else never.
         schedule: When a basis is refreshed. ``fixed``: every gap; ``adaptive``: the gap follows the overlap of old and
             new bases; ``cos``: Q-GaLore's rule; ``energy``: when the basis no longer holds enough of the gradient.
         stagger: Spread the refreshes of the weights over the gap, so that no step refreshes all of them. None is what
@@ -90,8 +97,14 @@ class GaLoreConfig:
             first that matches counts. It wins over ``rank``, and a param group's ``rank`` wins over it.
         state_budget: Most bytes that bases and moments of all projected weights may take together under an adaptive
             rank; ranks are capped so that it holds at every step. None is no cap.
-        tracking_rho: Weight of the first moment in what ``subspace="track"`` follows; the gradient has the rest.
-        lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``.
+        tracking_rho: Weight of the first moment in what ``subspace="track"`` or ``"blend"`` follows; the gradient has
+            the rest. None is what ``method`` says, else 0.7.
+        lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``;
+            ``error_feedback``: the same, and what the projection leaves out is added to the next gradient;
+            ``sign_residual``: and a step of signSGD along what it leaves out; ``whiten``: the update is whitened first.
+            ``auto`` is what ``method`` says, else ``project_back``.
+        residual_scale: Factor on the learning rate of signSGD in ``lift="sign_residual"``: 1.0 for pre-training, 0.1
+            for fine-tuning.
         basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, or as
             ``int8`` or ``int4`` codes, read back orthonormal. ``auto`` is what ``method`` says, else ``param``.
         basis_placement: With weights that are sharded over processes (FSDP2): ``replicate`` keeps a basis on each of
@@ -130,13 +143,14 @@ class GaLoreConfig:
 
     rank: int | float = 128
     update_proj_gap: int | None = None
-    scale: float = 0.25
+    scale: float | None = None
     proj_type: ProjType = "std"
     mode: Mode = "step"
     target_modules: str | type | Sequence[str | type] = "all-linear"
     ignore_modules: str | type | Sequence[str | type] = ()
     method: Method | None = None
     subspace: SubspaceName = "auto"
+    random_after: int | None = None
     schedule: ScheduleName = "auto"
     stagger: bool | None = None
     refresh_share: float = 0.5
@@ -152,8 +166,9 @@ class GaLoreConfig:
     min_rank: int = 1
     rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
     state_budget: int | None = None
-    tracking_rho: float = 0.7
-    lift: LiftName = "project_back"
+    tracking_rho: float | None = None
+    lift: LiftName = "auto"
+    residual_scale: float = 1.0
     basis_storage: BasisStorage = "auto"
     basis_placement: BasisPlacement = "replicate"
     weight_storage: WeightStorage = "auto"
@@ -202,6 +217,8 @@ class GaLoreConfig:
             choices["stochastic_round"] = True
         opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
         for axis, choice in opened.items():
+            if choice == NEEDED:
+                raise ValueError(f"method={self.method!r} with {axis}={getattr(self, axis)!r}: say {WHY[axis]}.")
             object.__setattr__(self, axis, choice)
         object.__setattr__(self, "_opened", frozenset(opened))
 
@@ -214,6 +231,12 @@ class GaLoreConfig:
         """``update_proj_gap``, which is a number once the configuration is made."""
         assert self.update_proj_gap is not None
         return self.update_proj_gap
+
+    @property
+    def alpha(self) -> float:
+        """``scale``, which is a number once the configuration is made."""
+        assert self.scale is not None
+        return self.scale
 
     @property
     def adaptive_rank(self) -> bool:
@@ -296,7 +319,7 @@ class GaLoreConfig:
         return dataclasses.replace(self, **{**opened, **settings})
 
 
-_NONE_IS_OPEN = ("update_proj_gap", "stagger", "stochastic_round")
+_NONE_IS_OPEN = ("update_proj_gap", "stagger", "stochastic_round", "random_after", "tracking_rho", "scale")
 _CHOICES: dict[str, Any] = {
     "proj_type": ProjType,
     "mode": Mode,

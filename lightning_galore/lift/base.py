@@ -9,8 +9,28 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Self
 
+from lightning_galore.bases import StoredBases
+from lightning_galore.config import GaLoreConfig
 from lightning_galore.subspace import Projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    """The wrapped optimizer's first moment before and after its coordinates changed, before this step's gradient.
+
+    Args:
+        old: The bases before, as they were kept.
+        before: The moment in their coordinates, as the optimizer keeps it: its bias is not corrected.
+        after: The same in the new coordinates.
+        share: How much of it the next moment takes over, per share of the next gradient: ``beta1 / (1 - beta1)``.
+    """
+
+    old: StoredBases
+    before: Tensor
+    after: Tensor
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +41,10 @@ class Update:
         low_update: What the wrapped optimizer added to the proxy, of ``projection.low_shape``: its direction, times
             minus the learning rate.
         low_grad: The gradient that it saw, of the same shape.
-        grad: The full gradient ``(m, n)``, with what error feedback adds; None unless the lift needs it.
+        grad: The full gradient ``(m, n)``, clipped and with a coupled decay in it, as ``low_grad``; but without what
+            :meth:`Lift.left_over` added to that. None unless the lift needs it.
         lr: The learning rate of the weight's group.
+        turned: What a new basis did to the first moment; None where nothing, or unless the lift asks for it.
         ascends: Whether the group maximizes, so that the weight goes along the gradient.
         entries: What the lift keeps for this weight from step to step, by name; it may change and add entries.
     """
@@ -31,6 +53,7 @@ class Update:
     low_grad: Tensor
     grad: Tensor | None = None
     lr: float | Tensor = 0.0
+    turned: Turned | None = None
     ascends: bool = False
     entries: dict[str, Tensor] = field(default_factory=dict)
 
@@ -45,6 +68,15 @@ class Lift(ABC):
     needs_grad: ClassVar[bool] = False
     #: Whether :meth:`left_over` ever gives something.
     leaves_over: ClassVar[bool] = False
+    #: Whether :attr:`Update.turned` is wanted.
+    follows_moment: ClassVar[bool] = False
+    #: Whether it takes the low-rank update as one matrix. Then weights in parts (FSDP2) are refused.
+    needs_whole: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, config: GaLoreConfig) -> Self:
+        """The lift with the settings that concern it."""
+        return cls()
 
     @abstractmethod
     def apply_(

@@ -62,14 +62,17 @@ class GaLoreStrategy(BackwardModes):
     Args:
         rank: Width of the gradient subspace, or as a fraction of a weight's short side.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace; None is the method's, else 200.
-        scale: Factor on the projected-back update.
+        scale: Factor on the projected-back update; None is the method's, else 0.25.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
         mode: When gradients are projected and weights move: step, project (frees full gradients in backward) or
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
-        method: A preset by name: galore, galore2, galore-track, galore-8bit or q-galore; settings you name win over it.
-        subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal or gaussian.
+        method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, ldadam, frugal, golore or swan;
+            settings you name win over it.
+        subspace: How a basis is found: randomized, svd, gram, power, track, blend, columns, random_orthonormal,
+            gaussian, coordinates or block.
+        random_after: From this many steps of a weight on its bases are random orthonormal ones.
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
         refresh_share: Most time that first refreshes may add to a step, as a share of an ordinary optimizer step.
@@ -85,8 +88,9 @@ class GaLoreStrategy(BackwardModes):
         min_rank: Lower bound of an adaptive rank.
         rank_pattern: Ranks of some modules, a mapping from substring or regular expression to rank.
         state_budget: Most bytes of bases and moments together under an adaptive rank.
-        tracking_rho: Weight of the first moment in what subspace="track" follows.
-        lift: How the low-rank update becomes a weight update.
+        tracking_rho: Weight of the first moment in what subspace="track" or "blend" follows.
+        lift: How the low-rank update becomes a weight update: project_back, error_feedback, sign_residual or whiten.
+        residual_scale: Factor on the learning rate of signSGD in lift="sign_residual".
         basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
         basis_placement: Under FSDP2, whether each device keeps a basis whole (replicate) or a part of it (shard).
         weight_storage: How projected weights are kept: param or int8.
@@ -121,13 +125,14 @@ class GaLoreStrategy(BackwardModes):
         self,
         rank: int | float = 128,
         update_proj_gap: int | None = None,
-        scale: float = 0.25,
+        scale: float | None = None,
         proj_type: ProjType = "std",
         mode: Mode = "step",
         target_modules: str | type | Sequence[str | type] = "all-linear",
         ignore_modules: str | type | Sequence[str | type] = (),
         method: Method | None = None,
         subspace: SubspaceName = "auto",
+        random_after: int | None = None,
         schedule: ScheduleName = "auto",
         stagger: bool | None = None,
         refresh_share: float = 0.5,
@@ -143,8 +148,9 @@ class GaLoreStrategy(BackwardModes):
         min_rank: int = 1,
         rank_pattern: dict[str, int | float] | None = None,
         state_budget: int | None = None,
-        tracking_rho: float = 0.7,
-        lift: LiftName = "project_back",
+        tracking_rho: float | None = None,
+        lift: LiftName = "auto",
+        residual_scale: float = 1.0,
         basis_storage: BasisStorage = "auto",
         basis_placement: BasisPlacement = "replicate",
         weight_storage: WeightStorage = "auto",

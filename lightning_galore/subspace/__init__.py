@@ -11,7 +11,9 @@ from lightning_galore.subspace.base import (
     resolve_side,
     seeded_generator,
 )
+from lightning_galore.subspace.blend import Blend
 from lightning_galore.subspace.columns import Columns
+from lightning_galore.subspace.coordinates import BlockChoice, CoordinateChoice
 from lightning_galore.subspace.power import Power
 from lightning_galore.subspace.random import Gaussian, RandomOrthonormal
 from lightning_galore.subspace.randomized import Randomized
@@ -24,7 +26,10 @@ SUBSPACES: dict[str, type[Subspace]] = {
     "gram": Gram,
     "power": Power,
     "track": Track,
+    "blend": Blend,
     "columns": Columns,
+    "coordinates": CoordinateChoice,
+    "block": BlockChoice,
     "gaussian": Gaussian,
     "random_orthonormal": RandomOrthonormal,
 }
@@ -35,6 +40,7 @@ __all__ = [
     "Found",
     "Known",
     "Projection",
+    "RandomOrthonormal",
     "Side",
     "Subspace",
     "resolve_side",

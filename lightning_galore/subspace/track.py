@@ -32,6 +32,8 @@ class Track(Subspace):
 
     continuous: ClassVar[bool] = True
     uses_momentum: ClassVar[bool] = True
+    #: Whether gradient and moment are divided by their norms.
+    normalizes: ClassVar[bool] = True
 
     def __init__(self, rho: float = 0.7) -> None:
         self.rho = rho
@@ -39,6 +41,7 @@ class Track(Subspace):
     @classmethod
     @override
     def build(cls, config: GaLoreConfig) -> Self:
+        assert config.tracking_rho is not None
         return cls(config.tracking_rho)
 
     @override
@@ -51,7 +54,7 @@ class Track(Subspace):
     def _follow(
         self, grad: Tensor, projection: Projection, *, generator: torch.Generator, known: Known
     ) -> Found | None:
-        blend = _Blend.of(grad, projection, known, self.rho)
+        blend = _Blend.of(grad, projection, known, self.rho, normalizes=self.normalizes)
         oriented = {"left": (blend,), "right": (blend.transposed,), "full": (blend, blend.transposed)}[projection.side]
         found = []
         for matrix, old in zip(oriented, known.bases, strict=True):
@@ -80,17 +83,18 @@ class _Blend:
     rho: float
 
     @classmethod
-    def of(cls, grad: Tensor, projection: Projection, known: Known, rho: float) -> _Blend:
+    def of(cls, grad: Tensor, projection: Projection, known: Known, rho: float, *, normalizes: bool) -> _Blend:
         """The blend of ``grad`` with ``known.momentum``, which is of the low-rank shape that ``known.bases`` give."""
         first, last = known.bases[0].to(grad.dtype), known.bases[-1].to(grad.dtype)
         if known.momentum is None:
             return cls(grad, grad[:, :0], grad[:0].mT, 0.0)
         low = known.momentum.to(grad.dtype)
-        # The gradient may come scaled for the loss, and unclipped; the moment, of what the optimizer got, never does.
-        # In fp64, for the squares of fp32 can leave its range.
-        size, whole = (torch.linalg.vector_norm(one, dtype=torch.float64) for one in (low, grad))
-        ratio = torch.where(size > 0, whole / size, torch.zeros_like(size))
-        low = (low * ratio).to(grad.dtype)
+        if normalizes:
+            # The gradient may come scaled for the loss, and unclipped; the moment, of what the optimizer got, never
+            # does. In fp64, for the squares of fp32 can leave its range.
+            size, whole = (torch.linalg.vector_norm(one, dtype=torch.float64) for one in (low, grad))
+            ratio = torch.where(size > 0, whole / size, torch.zeros_like(size))
+            low = (low * ratio).to(grad.dtype)
         if projection.side == "left":
             return cls(grad, first, low.mT, rho)
         return cls(grad, first @ low if projection.side == "full" else low, last, rho)

@@ -274,6 +274,9 @@ def _cases() -> dict[str, Case]:
                 cases[name] = Case(mode, accumulate=accumulate, dtype=dtype)
         for name, settings in SETTINGS.items():
             cases[f"{mode}-{name}"] = Case(mode, settings, dtype=torch.float64)
+        for name, settings in FULL_GRADIENT.items() if mode != "project" else ():
+            cases[f"{mode}-{name}"] = Case(mode, settings, dtype=torch.float64)
+            cases[f"{mode}-{name}-2"] = Case(mode, settings, accumulate=2, dtype=torch.float64)
         cases[f"{mode}-twice"] = Case(mode, model=Twice, dtype=torch.float64)
         cases[f"{mode}-branches"] = Case(mode, model=Branches, dtype=torch.float64)
         cases[f"{mode}-branches-2"] = Case(mode, model=Branches, dtype=torch.float64, accumulate=2)
@@ -311,5 +314,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int8-basis": {"basis_storage": "int8"},
     "int4-basis": {"basis_storage": "int4"},
     "bf16-basis": {"basis_storage": "bf16"},
+    "golore": {"method": "golore", "random_after": 6},
+    "swan": {"method": "swan"},
+}
+# Methods that refuse mode "project".
+FULL_GRADIENT: dict[str, dict[str, Any]] = {
+    "ldadam": {"method": "ldadam"},
+    "frugal": {"method": "frugal", "update_proj_gap": 6},
 }
 CASES = _cases()

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lightning_galore import weights
+from lightning_galore import GaLoreOptimizer, weights
 from lightning_galore.distributed import OrderedAverage, Team
+from lightning_galore.lift import LIFTS
 from tests.helpers import same_bits
 
 
@@ -53,3 +57,12 @@ def test_sharing_the_first_weights_leaves_codes_as_they_are(team: Team) -> None:
     before = [weight.codes.clone(), weight.absmax.clone()]
     _sync_module_states(model)
     assert same_bits([weight.codes, weight.absmax], before)
+
+
+@pytest.mark.parametrize("lift", [name for name in LIFTS if name != "project_back"])
+def test_lifts_that_need_whole_matrices_refuse_sharded_weights(team: Team, lift: Any) -> None:
+    model = nn.Sequential(nn.Linear(12, 8))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"lift='{lift}' with sharded weights .*GaLoreDDPStrategy"):
+        GaLoreOptimizer(base, model, rank=2, lift=lift, target_modules=[".*"])

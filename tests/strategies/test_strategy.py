@@ -209,6 +209,7 @@ OTHERS: dict[str, Any] = {
     "ignore_modules": ["head"],
     "method": "galore",
     "subspace": "gram",
+    "random_after": None,
     "schedule": "energy",
     "stagger": False,
     "refresh_share": 0.25,
@@ -225,7 +226,8 @@ OTHERS: dict[str, Any] = {
     "rank_pattern": {"body": 4, "head": 0.5},
     "state_budget": 10_000,
     "tracking_rho": 0.5,
-    "lift": "project_back",
+    "lift": "whiten",
+    "residual_scale": 0.1,
     "mode": "project",
     "basis_storage": "bf16",
     "weight_storage": "int8",
@@ -244,11 +246,16 @@ OTHERS: dict[str, Any] = {
 def test_every_keyword_arrives_in_the_configuration() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(GaLoreConfig)}
     assert OTHERS.keys() == defaults.keys()
-    assert [name for name, value in OTHERS.items() if value == defaults[name]] == ["lift"]  # which has one choice only
+    same = [name for name, value in OTHERS.items() if value == defaults[name]]
+    assert same == ["random_after"]  # which an adaptive rank excludes: see the next test
     assert GaLoreStrategy(**OTHERS).config == GaLoreConfig(**OTHERS)
     assert GaLoreStrategy().config == GaLoreConfig()
     names = ["rank", "update_proj_gap", "scale", "proj_type"]
     assert GaLoreStrategy(*(OTHERS[name] for name in names)).config == GaLoreConfig(**{n: OTHERS[n] for n in names})
+
+
+def test_random_after_arrives_in_the_configuration() -> None:
+    assert GaLoreStrategy(random_after=7).config == GaLoreConfig(random_after=7) != GaLoreConfig()
 
 
 def test_keywords_of_the_lightning_strategy_are_handed_on() -> None:
