@@ -20,6 +20,7 @@ from lightning_galore.config import GaLoreConfig
 from lightning_galore.sharding import Sharding
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
+from lightning_galore.transforms import Transform, transform_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +33,19 @@ class Footprint:
         moments: State of the wrapped optimizer.
         gradients: What is alive after the last backward of a step, by ``mode``. (A weight whose refresh waits for the
             end of an accumulation has its full gradient until then, whatever the mode.)
+        transforms: What the transform of gradients remembers.
     """
 
     weights: int
     bases: int
     moments: int
     gradients: int
+    transforms: int = 0
 
     @property
     def total(self) -> int:
         """All categories."""
-        return self.weights + self.bases + self.moments + self.gradients
+        return self.weights + self.bases + self.moments + self.gradients + self.transforms
 
 
 def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> Footprint:
@@ -53,8 +56,8 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
         targets: Its projected weights.
         config: Says how bases and low-rank gradients are kept.
     """
-    tally = _Tally(base)
-    weights = bases = gradients = 0
+    tally, transform = _Tally(base), transform_of(config)
+    weights = bases = gradients = transforms = 0
     for group in base.param_groups:
         for param in group["params"]:
             weights += storage.nbytes(param)
@@ -67,7 +70,8 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
             own = {k: v for k, v in (base.state.get(param) or {}).items() if not state_keys.is_ours(k)}
             tally.add(own or None, group, shape, param)
             gradients += _gradient_bytes(param, None if target is None else shape, config)
-    return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients)
+            transforms += _transform_bytes(transform, shape, param, projected=target is not None)
+    return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients, transforms=transforms)
 
 
 class _Tally:
@@ -109,7 +113,7 @@ def _gradient_bytes(param: Tensor, low_shape: tuple[int, ...] | None, config: Ga
 
 
 def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Target, int]:
-    """Bytes of each projected weight's state: the wrapped optimizer's own, and the basis.
+    """Bytes of each projected weight's state: the wrapped optimizer's own, the basis, and what a transform remembers.
 
     Before the first step those that will be taken, found by letting ``base`` step a proxy of the same shape.
 
@@ -126,7 +130,8 @@ def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLore
     held = _probed(base, fresh, config)
     for param, state in states.items():
         if param not in fresh:
-            held[param] = storage.nbytes(state.own) + _basis_bytes(state.projection, param, config)
+            ours = _basis_bytes(state.projection, param, config) + _remembered_bytes(state.projection, param, config)
+            held[param] = storage.nbytes(state.own) + ours
     return {target: held[param] for param, target in targets.items()}
 
 
@@ -176,7 +181,8 @@ def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreCon
         key = (groups[param], low_shape, param.dtype, param.device)
         if key not in probed:
             probed[key] = base_probe.probe_state(base, base.param_groups[groups[param]], low_shape, param)
-        held[param] = probed[key] + _basis_bytes(target.projection, param, config)
+        ours = _basis_bytes(target.projection, param, config) + _remembered_bytes(target.projection, param, config)
+        held[param] = probed[key] + ours
     return held
 
 
@@ -185,6 +191,19 @@ def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) ->
     if sharding is not None and kept not in storage.CODECS:
         shapes = sharding.basis_part_shapes(projection, divide=config.basis_placement == "shard")
     return sum(storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype) for shape in shapes)
+
+
+def _remembered_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
+    return _transform_bytes(transform_of(config), _low_part_shape(projection, param), param, projected=True)
+
+
+def _transform_bytes(transform: Transform | None, shape: tuple[int, ...], param: Tensor, *, projected: bool) -> int:
+    """Of a parameter whose gradient the wrapped optimizer sees in ``shape``."""
+    if transform is None or (transform.projected_only and not projected):
+        return 0
+    scalar = torch.promote_types(param.dtype, torch.float32).itemsize
+    kept = transform.kept_shapes(shape).values()
+    return sum(math.prod(one) * (param.dtype.itemsize if one else scalar) for one in kept)
 
 
 def _low_part_shape(projection: Projection, param: Tensor) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from lightning_galore.proxies import Swap
 from lightning_galore.sharding import check_sharded_settings, common_shards
 from lightning_galore.stepping import Stepper
 from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
+from lightning_galore.transforms import check_transform
 from lightning_galore.watch import SubspaceControls
 from lightning_galore.wrapper import OptimizerWrapper
 
@@ -78,6 +79,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         elif model is not None:
             weights.dequantize(model, targets)  # of an earlier run
         check_lift(config)
+        check_transform(base, targets, config)
         warn_of_idle_rounding(config, [param for group in base.param_groups for param in group["params"]])
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
@@ -118,6 +120,11 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             raise ValueError(
                 f"lift={self.config.lift!r} with sharded weights (FSDP2): it needs norms of whole gradients. Use "
                 "lift='project_back', or GaLoreDDPStrategy, where weights are whole."
+            )
+        if self.config.transform != "none":
+            raise ValueError(
+                f"transform={self.config.transform!r} with sharded weights (FSDP2): it looks at whole gradients. Use "
+                "transform='none', or GaLoreDDPStrategy, where weights are whole."
             )
         check_sharded_settings(self.config)
         self._projector.join(shards.team())
@@ -215,6 +222,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
                 elif param in self.hooks.waiting or param.grad is not None:
                     swaps.append(self._swap(param, group, self._take(param)))
         output = self._stepper.step(swaps, dense, **kwargs)
+        self._stepper.restarts.count(self.param_groups)
         self.hooks.end_window()
         self._projector.forget()
         return output

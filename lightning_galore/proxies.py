@@ -25,7 +25,9 @@ class Swap:
         proxy: Zeros, onto which ``base`` writes its update; its ``grad`` is what ``base`` sees.
         group: Its param group.
         low_grad: What the proxy is of, for a projected weight; None for another one, whose proxy has its shape.
-        carried: ``base``'s own state of it in new coordinates; None where its coordinates have not changed.
+        carried: ``base``'s own state of it in new coordinates, or begun anew; None where it is what it was.
+        remembered: What the transform keeps of it after this step.
+        plain: The low-rank gradient without its transform, for a lift that compares it with the full one.
     """
 
     param: Tensor
@@ -33,6 +35,8 @@ class Swap:
     group: dict[str, Any]
     low_grad: LowGrad | None = None
     carried: Mapping[str, Any] | None = None
+    remembered: Mapping[str, Tensor] = field(default_factory=dict)
+    plain: Tensor | None = None
 
     @property
     def skips(self) -> bool:
@@ -77,6 +81,26 @@ def calls_of(
         rms = float(linalg.norm(swap.param)) / swap.param.numel() ** 0.5
         yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))})
     yield Shown(dense=dense)
+
+
+@contextmanager
+def renewed(base: Optimizer, states: Mapping[Tensor, Mapping[str, Any]]) -> Iterator[None]:
+    """Let ``base`` find other states of some parameters, which are stepped as they are; our keys stay.
+
+    Args:
+        base: The wrapped optimizer.
+        states: Its own part of their states; where it raises, they get back what they had.
+    """
+    before = {param: base.state[param] for param in states}
+    for param, own in states.items():
+        base.state[param] = dict(own)
+    try:
+        yield
+    except BaseException:
+        base.state.update(before)
+        raise
+    for param, state in before.items():
+        base.state[param].update({key: value for key, value in state.items() if state_keys.is_ours(key)})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_galore.config import AUTO, GROUP_KEYS, METHODS, SCHEDULE_SETTINGS, GaLoreConfig
+from lightning_galore.config import AUTO, GROUP_KEYS, METHODS, RESETS, SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.subspace import SUBSPACES
 
 
@@ -182,6 +182,7 @@ def test_defaults_beyond_the_paper() -> None:
 def test_method_fills_the_axes_left_open(method: Any) -> None:
     config = GaLoreConfig(method=method)
     wanted = {**AUTO, **METHODS[method]}
+    wanted |= RESETS.get(wanted["transform"], {})
     assert {axis: getattr(config, axis) for axis in wanted} == wanted
     assert config.subspace in SUBSPACES
     others: dict[str, Any] = {
@@ -194,6 +195,9 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
         "weight_storage": "int8",
         "moment_storage": "base",
         "stochastic_round": False,
+        "transform": "spam",
+        "reset_gap": 9,
+        "reset_warmup": 3,
     }
     assert others.keys() == AUTO.keys()
     named = GaLoreConfig(method=method, **others)

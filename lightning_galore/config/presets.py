@@ -11,6 +11,7 @@ SubspaceName = Literal[
 ]
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["fixed", "energy", "noise_edge"]
+TransformName = Literal["auto", "none", "spam", "stable-spam"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
 LiftName = Literal["project_back"]
 BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
@@ -19,7 +20,7 @@ MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
 BasisPlacement = Literal["replicate", "shard"]
 Mode = Literal["step", "project", "layerwise"]
-Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore"]
+Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore", "spam", "stable-spam"]
 
 #: What an axis is where neither the user nor a method says anything.
 AUTO: dict[str, Any] = {
@@ -32,6 +33,14 @@ AUTO: dict[str, Any] = {
     "weight_storage": "param",
     "moment_storage": "base",
     "stochastic_round": False,
+    "transform": "none",
+    "reset_gap": 0,
+    "reset_warmup": 0,
+}
+#: Momentum reset as the papers have it: the gap and the warm-up that a transform comes with.
+RESETS: dict[str, dict[str, int]] = {
+    "spam": {"reset_gap": 500, "reset_warmup": 150},
+    "stable-spam": {"reset_gap": 1000, "reset_warmup": 0},
 }
 #: A named method is nothing but a row of choices; it fills the axes that the user left open.
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,6 +73,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "moment_storage": "8bit",
         "stochastic_round": True,
     },
+    # arXiv 2501.06842 and 2502.17055, over the defaults of this package.
+    "spam": {"transform": "spam"},
+    "stable-spam": {"transform": "stable-spam"},
 }
 #: How an axis is written that is left open.
 OPEN = ("auto", None)

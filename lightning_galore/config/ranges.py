@@ -54,6 +54,20 @@ def check_schedule(config: GaLoreConfig) -> None:
         )
 
 
+def check_resets(config: GaLoreConfig) -> None:
+    """Refuse a threshold of spikes or momentum resets out of range."""
+    check_positive("spam_theta", config.spam_theta, remedy="the paper uses 5000")
+    check_int("reset_gap", config.reset_gap, minimum=0, remedy="the paper uses 500; 0 never resets")
+    check_int("reset_warmup", config.reset_warmup, minimum=0, remedy="the paper uses 150; 0 is no warm-up")
+    assert config.reset_gap is not None
+    assert config.reset_warmup is not None
+    if config.reset_warmup > config.reset_gap:
+        raise ValueError(
+            f"reset_warmup={config.reset_warmup} is longer than reset_gap={config.reset_gap}: the learning rate would "
+            "never be whole. Lower it."
+        )
+
+
 def check_subspace(config: GaLoreConfig) -> None:
     """Refuse what a subspace cannot do."""
     if config.subspace == "gaussian" and config.schedule != "fixed":

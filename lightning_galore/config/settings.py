@@ -20,6 +20,7 @@ from lightning_galore.config.presets import (
     GROUP_KEYS,
     METHODS,
     OPEN,
+    RESETS,
     AccumulatorStorage,
     BasisPlacement,
     BasisStorage,
@@ -32,9 +33,10 @@ from lightning_galore.config.presets import (
     RankRuleName,
     ScheduleName,
     SubspaceName,
+    TransformName,
     WeightStorage,
 )
-from lightning_galore.config.ranges import check_numbers, check_schedule, check_subspace
+from lightning_galore.config.ranges import check_numbers, check_resets, check_schedule, check_subspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class GaLoreConfig:
         ignore_modules: Modules to leave out, written like a list for ``target_modules``.
         method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized), ``galore-track``
             (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
-            moments) or ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap). Settings you name win.
+            moments), ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap), ``spam`` or ``stable-spam``
+            (gradient spikes are clipped, momentum is reset). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
@@ -92,6 +95,15 @@ class GaLoreConfig:
             rank; ranks are capped so that it holds at every step. None is no cap.
         tracking_rho: Weight of the first moment in what ``subspace="track"`` follows; the gradient has the rest.
         lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``.
+        transform: What is done to each gradient (of projected weights the low-rank one) before the wrapped optimizer
+            sees it. ``spam``: entries far above the root of the optimizer's second moment are clipped to it;
+            ``stable-spam``: the largest entries and the norm are held at what was usual. Both come with a reset.
+            ``auto`` is what ``method`` says, else ``none``.
+        spam_theta: ``transform="spam"`` clips where the square of an entry is more than this times its second moment.
+        reset_gap: Optimizer steps after which the wrapped optimizer begins anew, for all parameters at once; 0 is
+            never. None is what ``transform`` comes with: 500 for ``spam``, 1000 for ``stable-spam``, else 0.
+        reset_warmup: Optimizer steps at the start and after each reset over which the learning rate rises along a
+            cosine. None is what ``transform`` comes with: 150 for ``spam``, else 0.
         basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, or as
             ``int8`` or ``int4`` codes, read back orthonormal. ``auto`` is what ``method`` says, else ``param``.
         basis_placement: With weights that are sharded over processes (FSDP2): ``replicate`` keeps a basis on each of
@@ -151,6 +163,10 @@ class GaLoreConfig:
     state_budget: int | None = None
     tracking_rho: float = 0.7
     lift: LiftName = "project_back"
+    transform: TransformName = "auto"
+    spam_theta: float = 5000.0
+    reset_gap: int | None = None
+    reset_warmup: int | None = None
     basis_storage: BasisStorage = "auto"
     basis_placement: BasisPlacement = "replicate"
     weight_storage: WeightStorage = "auto"
@@ -171,6 +187,7 @@ class GaLoreConfig:
         check_numbers(self)
         check_schedule(self)
         check_subspace(self)
+        check_resets(self)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
         for name in ("fix_signs", "stagger", "stochastic_round"):
@@ -191,7 +208,11 @@ class GaLoreConfig:
             choices["moments"] = "keep"  # there is no change of coordinates between bases that are not orthonormal
         if self.weight_storage == "int8":
             choices["stochastic_round"] = True
+        transform = choices["transform"] if self.transform in OPEN else self.transform
+        choices |= RESETS.get(transform, {})
         opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
+        if "reset_warmup" in opened and isinstance(gap := opened.get("reset_gap", self.reset_gap), int):
+            opened["reset_warmup"] = min(opened["reset_warmup"], gap)
         for axis, choice in opened.items():
             object.__setattr__(self, axis, choice)
         object.__setattr__(self, "_opened", frozenset(opened))
@@ -287,7 +308,7 @@ class GaLoreConfig:
         return dataclasses.replace(self, **{**opened, **settings})
 
 
-_NONE_IS_OPEN = ("update_proj_gap", "stagger", "stochastic_round")
+_NONE_IS_OPEN = ("update_proj_gap", "stagger", "stochastic_round", "reset_gap", "reset_warmup")
 _CHOICES: dict[str, Any] = {
     "proj_type": ProjType,
     "mode": Mode,
@@ -296,6 +317,7 @@ _CHOICES: dict[str, Any] = {
     "moments": MomentsName,
     "rank_rule": RankRuleName,
     "lift": LiftName,
+    "transform": TransformName,
     "basis_storage": BasisStorage,
     "basis_placement": BasisPlacement,
     "weight_storage": WeightStorage,

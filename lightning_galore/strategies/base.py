@@ -35,6 +35,7 @@ from lightning_galore.config import (
     RankRuleName,
     ScheduleName,
     SubspaceName,
+    TransformName,
     WeightStorage,
 )
 from lightning_galore.config.checks import check_int
@@ -68,7 +69,8 @@ class GaLoreStrategy(BackwardModes):
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
-        method: A preset by name: galore, galore2, galore-track, galore-8bit or q-galore; settings you name win over it.
+        method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, spam or stable-spam;
+            settings you name win over it.
         subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal or gaussian.
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
@@ -87,6 +89,10 @@ class GaLoreStrategy(BackwardModes):
         state_budget: Most bytes of bases and moments together under an adaptive rank.
         tracking_rho: Weight of the first moment in what subspace="track" follows.
         lift: How the low-rank update becomes a weight update.
+        transform: What is done to each gradient before the optimizer sees it: none, spam or stable-spam.
+        spam_theta: Threshold of transform="spam", as a multiple of the second moment.
+        reset_gap: Steps after which the wrapped optimizer begins anew; 0 is never, None is the transform's.
+        reset_warmup: Steps over which the learning rate rises after a reset; None is the transform's.
         basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
         basis_placement: Under FSDP2, whether each device keeps a basis whole (replicate) or a part of it (shard).
         weight_storage: How projected weights are kept: param or int8.
@@ -144,6 +150,10 @@ class GaLoreStrategy(BackwardModes):
         state_budget: int | None = None,
         tracking_rho: float = 0.7,
         lift: LiftName = "project_back",
+        transform: TransformName = "auto",
+        spam_theta: float = 5000.0,
+        reset_gap: int | None = None,
+        reset_warmup: int | None = None,
         basis_storage: BasisStorage = "auto",
         basis_placement: BasisPlacement = "replicate",
         weight_storage: WeightStorage = "auto",
