@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 SubspaceName = Literal[
-    "auto", "randomized", "svd", "gram", "power", "track", "gaussian", "random_orthonormal", "columns"
+    "auto", "randomized", "svd", "gram", "power", "track", "gaussian", "random_orthonormal", "columns", "cross_head"
 ]
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
-RankRuleName = Literal["fixed", "energy", "noise_edge"]
-TransformName = Literal["auto", "none", "spam", "stable-spam"]
+RankRuleName = Literal["auto", "fixed", "energy", "energy_shrink", "noise_edge"]
+TransformName = Literal["auto", "none", "spam", "stable-spam", "natural"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
 LiftName = Literal["project_back"]
 BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
@@ -20,7 +20,18 @@ MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
 BasisPlacement = Literal["replicate", "shard"]
 Mode = Literal["step", "project", "layerwise"]
-Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore", "spam", "stable-spam"]
+Method = Literal[
+    "galore",
+    "galore2",
+    "galore-track",
+    "galore-8bit",
+    "q-galore",
+    "spam",
+    "stable-spam",
+    "natural-galore",
+    "adarankgrad",
+    "galore-plus",
+]
 
 #: What an axis is where neither the user nor a method says anything.
 AUTO: dict[str, Any] = {
@@ -33,6 +44,7 @@ AUTO: dict[str, Any] = {
     "weight_storage": "param",
     "moment_storage": "base",
     "stochastic_round": False,
+    "rank_rule": "fixed",
     "transform": "none",
     "reset_gap": 0,
     "reset_warmup": 0,
@@ -76,6 +88,24 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2501.06842 and 2502.17055, over the defaults of this package.
     "spam": {"transform": "spam"},
     "stable-spam": {"transform": "stable-spam"},
+    # arXiv 2410.16029
+    "natural-galore": {
+        "subspace": "svd",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "keep",
+        "transform": "natural",
+    },
+    # Related to arXiv 2410.17881: ranks that only shrink, moments in the new coordinates; refreshed at fixed gaps.
+    "adarankgrad": {
+        "subspace": "randomized",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "rotate",
+        "rank_rule": "energy_shrink",
+    },
+    # arXiv 2412.19820 without its sparsely coded residual.
+    "galore-plus": {"subspace": "cross_head", "schedule": "fixed", "stagger": False, "moments": "keep"},
 }
 #: How an axis is written that is left open.
 OPEN = ("auto", None)
@@ -97,4 +127,6 @@ SCHEDULE_SETTINGS = (
     "refresh_below",
 )
 
+#: Modules whose weights have heads along their rows: queries, keys and values, as models name them.
+HEADED = r"(?:.*\.)?(?:[qkv]_proj|[qkv]_lin|query|key|value|to_[qkv]|w[qkv])"
 CLASS_PREFIX = "class:"  # how a module class is written as a string: "class:torch.nn.Linear"

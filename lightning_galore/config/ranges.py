@@ -18,6 +18,9 @@ def check_numbers(config: GaLoreConfig) -> None:
     check_int("min_rank", config.min_rank, minimum=1, remedy="1 is the least")
     if isinstance(config.rank, int) and config.min_rank > config.rank:
         raise ValueError(f"min_rank={config.min_rank} is above rank={config.rank}, the upper bound; lower it.")
+    check_int("head_size", config.head_size, minimum=1, remedy="LLaMA-7B has 128 rows a head, RoBERTa-base 64")
+    check_int("natural_history", config.natural_history, minimum=1, remedy="each costs a low-rank gradient's memory")
+    check_positive("natural_damping", config.natural_damping, remedy="1.0 weighs the identity like one gradient")
     check_share("rank_energy", config.rank_energy, remedy="0.9 holds nine tenths of the gradient's energy")
     check_share("tracking_rho", config.tracking_rho, below_one=True, remedy="0.7 follows the first moment mostly")
     check_positive("scale", config.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
@@ -29,7 +32,7 @@ def check_numbers(config: GaLoreConfig) -> None:
         if config.rank_rule == "fixed":
             raise ValueError(
                 f"state_budget={config.state_budget} caps an adaptive rank, and rank_rule='fixed' has none; choose "
-                "rank_rule='energy' or 'noise_edge'."
+                "rank_rule='energy', 'energy_shrink' or 'noise_edge'."
             )
 
 
@@ -80,7 +83,7 @@ def check_subspace(config: GaLoreConfig) -> None:
             f"moments={config.moments!r} turns moments from one orthonormal basis to the next, and those of "
             "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
         )
-    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track"):
+    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track", "cross_head"):
         raise ValueError(
             f"rank_rule={config.rank_rule!r} looks at singular values of the gradient, which "
             f"subspace={config.subspace!r} does not find; use rank_rule='fixed', or a subspace such as 'randomized'."

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -18,6 +19,7 @@ from lightning_galore.config.checks import (
 from lightning_galore.config.presets import (
     AUTO,
     GROUP_KEYS,
+    HEADED,
     METHODS,
     OPEN,
     RESETS,
@@ -61,11 +63,13 @@ class GaLoreConfig:
         method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized), ``galore-track``
             (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
             moments), ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap), ``spam`` or ``stable-spam``
-            (gradient spikes are clipped, momentum is reset). Settings you name win.
+            (gradient spikes are clipped, momentum is reset), ``natural-galore`` (natural gradient in the subspace),
+            ``adarankgrad`` (shrinking ranks) or ``galore-plus`` (heads share a basis). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
-            gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
-            orthonormal). ``auto`` is what ``method`` says, else ``randomized``.
+            gradient and first moment), ``columns`` (the largest columns), ``cross_head`` (queries, keys and values:
+            from a head's rows; others: ``randomized``), ``random_orthonormal``, ``gaussian`` (not orthonormal).
+            ``auto`` is what ``method`` says, else ``randomized``.
         schedule: When a basis is refreshed. ``fixed``: every gap; ``adaptive``: the gap follows the overlap of old and
             new bases; ``cos``: Q-GaLore's rule; ``energy``: when the basis no longer holds enough of the gradient.
         stagger: Spread the refreshes of the weights over the gap, so that no step refreshes all of them. None is what
@@ -85,9 +89,11 @@ class GaLoreConfig:
             ``rotate``: first and second moments are carried into the new coordinates; ``rotate_first``: first ones
             only; ``reset``: begin anew. ``auto`` is what ``method`` says, else ``rotate_first``.
         rank_rule: ``fixed``: every weight has ``rank``. ``energy``: the smallest rank that holds ``rank_energy`` of
-            the gradient's energy, ``noise_edge``: as many directions as stand out of noise (Marchenko-Pastur), both
-            chosen anew at each refresh, between ``min_rank`` and ``rank``.
-        rank_energy: Share of the gradient's energy that ``rank_rule="energy"`` holds.
+            the gradient's energy, ``energy_shrink``: the same, but never more than before, ``noise_edge``: as many
+            directions as stand out of noise (Marchenko-Pastur); chosen anew at each refresh, between ``min_rank`` and
+            ``rank``. ``auto`` is what ``method`` says, else ``fixed``.
+        rank_energy: Share of the gradient's energy that ``rank_rule="energy"`` or ``"energy_shrink"`` holds.
+        head_size: Rows of one attention head, for ``subspace="cross_head"``.
         min_rank: Lower bound of an adaptive rank.
         rank_pattern: Ranks of some modules by name, a mapping from substring or regular expression to a rank; the
             first that matches counts. It wins over ``rank``, and a param group's ``rank`` wins over it.
@@ -98,8 +104,11 @@ class GaLoreConfig:
         transform: What is done to each gradient (of projected weights the low-rank one) before the wrapped optimizer
             sees it. ``spam``: entries far above the root of the optimizer's second moment are clipped to it;
             ``stable-spam``: the largest entries and the norm are held at what was usual. Both come with a reset.
+            ``natural``: low-rank gradients are scaled by an inverse Fisher matrix of the last ones.
             ``auto`` is what ``method`` says, else ``none``.
         spam_theta: ``transform="spam"`` clips where the square of an entry is more than this times its second moment.
+        natural_history: Low-rank gradients that ``transform="natural"`` remembers of each weight.
+        natural_damping: Weight of the identity in its Fisher matrix, as a multiple of their mean squared norm.
         reset_gap: Optimizer steps after which the wrapped optimizer begins anew, for all parameters at once; 0 is
             never. None is what ``transform`` comes with: 500 for ``spam``, 1000 for ``stable-spam``, else 0.
         reset_warmup: Optimizer steps at the start and after each reset over which the learning rate rises along a
@@ -156,8 +165,9 @@ class GaLoreConfig:
     shrink_below: float = 0.4
     refresh_below: float = 0.7
     moments: MomentsName = "auto"
-    rank_rule: RankRuleName = "fixed"
+    rank_rule: RankRuleName = "auto"
     rank_energy: float = 0.9
+    head_size: int = 64
     min_rank: int = 1
     rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
     state_budget: int | None = None
@@ -165,6 +175,8 @@ class GaLoreConfig:
     lift: LiftName = "project_back"
     transform: TransformName = "auto"
     spam_theta: float = 5000.0
+    natural_history: int = 4
+    natural_damping: float = 1.0
     reset_gap: int | None = None
     reset_warmup: int | None = None
     basis_storage: BasisStorage = "auto"
@@ -248,6 +260,14 @@ class GaLoreConfig:
         rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
         rank = rank if named is None else named
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
+
+    def has_heads(self, module: str) -> bool:
+        """Whether a weight's basis may come from some of its heads.
+
+        Args:
+            module: Name of the weight's module.
+        """
+        return self.subspace == "cross_head" and re.fullmatch(HEADED, module) is not None
 
     @property
     def rank_patterns(self) -> tuple[tuple[str, int | float], ...]:

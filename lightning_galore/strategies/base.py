@@ -69,9 +69,10 @@ class GaLoreStrategy(BackwardModes):
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
-        method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, spam or stable-spam;
-            settings you name win over it.
-        subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal or gaussian.
+        method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, spam, stable-spam,
+            natural-galore, adarankgrad or galore-plus; settings you name win over it.
+        subspace: How a basis is found: randomized, svd, gram, power, track, columns, cross_head, random_orthonormal or
+            gaussian.
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
         refresh_share: Most time that first refreshes may add to a step, as a share of an ordinary optimizer step.
@@ -82,15 +83,19 @@ class GaLoreStrategy(BackwardModes):
         shrink_below: Share below which it halves it.
         refresh_below: Share of a fresh basis's energy below which "energy" refreshes.
         moments: What happens to the moments at a refresh: keep, rotate, rotate_first or reset.
-        rank_rule: fixed, or a rank that follows the gradient: energy or noise_edge.
-        rank_energy: Share of the gradient's energy that rank_rule="energy" holds.
+        rank_rule: fixed, or a rank that follows the gradient: energy, energy_shrink (never more than before) or
+            noise_edge.
+        rank_energy: Share of the gradient's energy that the rank holds.
+        head_size: Rows of one attention head, for subspace="cross_head".
         min_rank: Lower bound of an adaptive rank.
         rank_pattern: Ranks of some modules, a mapping from substring or regular expression to rank.
         state_budget: Most bytes of bases and moments together under an adaptive rank.
         tracking_rho: Weight of the first moment in what subspace="track" follows.
         lift: How the low-rank update becomes a weight update.
-        transform: What is done to each gradient before the optimizer sees it: none, spam or stable-spam.
+        transform: What is done to each gradient before the optimizer sees it: none, spam, stable-spam or natural.
         spam_theta: Threshold of transform="spam", as a multiple of the second moment.
+        natural_history: Low-rank gradients that transform="natural" remembers of each weight.
+        natural_damping: Weight of the identity in its Fisher matrix, in their mean squared norm.
         reset_gap: Steps after which the wrapped optimizer begins anew; 0 is never, None is the transform's.
         reset_warmup: Steps over which the learning rate rises after a reset; None is the transform's.
         basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
@@ -143,8 +148,9 @@ class GaLoreStrategy(BackwardModes):
         shrink_below: float = 0.4,
         refresh_below: float = 0.7,
         moments: MomentsName = "auto",
-        rank_rule: RankRuleName = "fixed",
+        rank_rule: RankRuleName = "auto",
         rank_energy: float = 0.9,
+        head_size: int = 64,
         min_rank: int = 1,
         rank_pattern: dict[str, int | float] | None = None,
         state_budget: int | None = None,
@@ -152,6 +158,8 @@ class GaLoreStrategy(BackwardModes):
         lift: LiftName = "project_back",
         transform: TransformName = "auto",
         spam_theta: float = 5000.0,
+        natural_history: int = 4,
+        natural_damping: float = 1.0,
         reset_gap: int | None = None,
         reset_warmup: int | None = None,
         basis_storage: BasisStorage = "auto",

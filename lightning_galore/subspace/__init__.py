@@ -12,6 +12,7 @@ from lightning_galore.subspace.base import (
     seeded_generator,
 )
 from lightning_galore.subspace.columns import Columns
+from lightning_galore.subspace.cross_head import CrossHead
 from lightning_galore.subspace.power import Power
 from lightning_galore.subspace.random import Gaussian, RandomOrthonormal
 from lightning_galore.subspace.randomized import Randomized
@@ -25,6 +26,7 @@ SUBSPACES: dict[str, type[Subspace]] = {
     "power": Power,
     "track": Track,
     "columns": Columns,
+    "cross_head": CrossHead,
     "gaussian": Gaussian,
     "random_orthonormal": RandomOrthonormal,
 }

@@ -13,12 +13,13 @@ from lightning_galore import base_probe
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.moments import second_moment
 from lightning_galore.transforms.base import Transform
+from lightning_galore.transforms.natural import Natural
 from lightning_galore.transforms.restarts import Restarts
 from lightning_galore.transforms.spam import Spam
 from lightning_galore.transforms.stable_spam import StableSpam
 
 #: "none" has no entry.
-TRANSFORMS: dict[str, type[Transform]] = {"spam": Spam, "stable-spam": StableSpam}
+TRANSFORMS: dict[str, type[Transform]] = {"spam": Spam, "stable-spam": StableSpam, "natural": Natural}
 
 
 def transform_of(config: GaLoreConfig) -> Transform | None:

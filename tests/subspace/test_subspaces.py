@@ -23,13 +23,14 @@ SHARES: dict[str, float | None] = {
     "power": 0.999,
     "track": 0.999,
     "columns": 0.4,
+    "cross_head": 0.999,  # of weights without heads; tests/family has those with them
     "gaussian": None,
     "random_orthonormal": None,
 }
 EXACT = ["svd", "gram"]
 RANDOM = ["gaussian", "random_orthonormal"]
-SEEDED = ["randomized", "power", "track", *RANDOM]
-SPECTRAL = ["randomized", "svd", "gram", "power", "track"]  # those that know singular values
+SEEDED = ["randomized", "power", "track", "cross_head", *RANDOM]
+SPECTRAL = ["randomized", "svd", "gram", "power", "track", "cross_head"]  # those that know singular values
 
 
 def test_every_subspace_can_be_named_and_built() -> None:
