@@ -89,6 +89,18 @@ VARIANTS: dict[str, Variant] = {
     "bf16-stochastic": _galore("the same, rounded stochastically", bf16=True, stochastic_round=True),
     "track-1": _galore("tracked basis, every step", method="galore-track", update_proj_gap=1),
     "track-5": _galore("tracked basis, every 5 steps", method="galore-track", update_proj_gap=5),
+    "spam": _galore("the defaults, SPAM's clipping and resets", method="spam", reset_gap=200, reset_warmup=20),
+    "stable-spam": _galore("the defaults, Stable-SPAM", method="stable-spam", reset_gap=200),
+    "track-stable-spam": _galore(
+        "tracked basis, every step, Stable-SPAM without resets",
+        method="galore-track",
+        update_proj_gap=1,
+        transform="stable-spam",
+        reset_gap=0,
+    ),
+    "natural-galore": _galore("as published, natural gradient in the subspace", method="natural-galore"),
+    "adarankgrad": _galore("ranks that only shrink, both moments rotated", method="adarankgrad"),
+    "galore-plus": _galore("heads share a basis, others randomized", method="galore-plus", head_size=32),
     "track-10": _galore("tracked basis, every 10 steps", method="galore-track", update_proj_gap=10),
 }
 

@@ -76,9 +76,10 @@ def test_unit_vectors_that_stand_in_shrink_nothing() -> None:
     assert min(ranks[-1]) == 6
 
 
-def test_a_resumed_run_ends_with_the_same_bits() -> None:
+@pytest.mark.parametrize("mode", ["step", "project", "layerwise"])
+def test_a_resumed_run_ends_with_the_same_bits(mode: Any) -> None:
     for stop in (7, 8, 20):
-        assert_resume_is_exact({**SETTINGS, "rank": 6, "rank_energy": 0.5}, stop=stop, spikes=False)
+        assert_resume_is_exact({**SETTINGS, "rank": 6, "rank_energy": 0.5, "mode": mode}, stop=stop, spikes=False)
 
 
 def test_the_state_shrinks_with_the_rank() -> None:

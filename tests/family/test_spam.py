@@ -361,3 +361,20 @@ def test_a_warm_up_needs_a_learning_rate() -> None:
     config = GaLoreConfig(reset_gap=5, reset_warmup=2)
     with pytest.raises(ValueError, match=r"reset_warmup=2 with lr=None .* AdamW: .* Set lr, or reset_warmup=0"):
         check_transform(base, [], config)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "natural"])
+def test_sharded_weights_are_refused_with_the_remedy(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_galore.optimizer.common_shards", lambda weights: object())
+    with pytest.raises(ValueError, match=rf"transform='{kind}' with sharded weights \(FSDP2\).*GaLoreDDPStrategy"):
+        make({"rank": 3, "transform": kind})
+
+
+@pytest.mark.parametrize("kind", ["stable-spam", "natural"])
+def test_int8_weights_and_random_rounding(kind: Any) -> None:
+    """Dense weights in bf16 are stepped on proxies then, and begin anew like the others."""
+    settings = {"rank": 3, "transform": kind, "reset_gap": 4, "weight_storage": "int8", "basis_storage": "int8"}
+    assert_resume_is_exact(settings, shapes=[(64, 32)], dtype=torch.bfloat16, stop=5, end=10)
+    model, optimizer = make(settings, [(64, 32)], dtype=torch.bfloat16)
+    run(optimizer, list(model.parameters()), range(5))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
