@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_galore import GaLoreOptimizer
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS, Lift
 from lightning_galore.memory import held_bytes
 from lightning_galore.state_keys import BASIS, transform_entries
-from lightning_galore.transforms import Restarts, check_transform
+from lightning_galore.transforms import TRANSFORMS, Restarts, check_transform
 from lightning_galore.transforms.restarts import SEEN, STEPS
 from lightning_galore.transforms.spam import Spam
 from lightning_galore.transforms.stable_spam import StableSpam
@@ -378,3 +379,26 @@ def test_int8_weights_and_random_rounding(kind: Any) -> None:
     model, optimizer = make(settings, [(64, 32)], dtype=torch.bfloat16)
     run(optimizer, list(model.parameters()), range(5))
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_no_transform_waits_for_the_device(kind: str) -> None:
+    """The peers ask each parameter whether it has a spike (SS-3)."""
+    transform, entries = TRANSFORMS[kind](), {}  # type: ignore[var-annotated]
+    with Waits() as waits:
+        for step in range(3):
+            entries = transform.apply_(gradient(step, (4, 3), spikes=True), entries, second=torch.ones(4, 3).double())
+    assert waits.count == 0
+    with Waits() as waits:
+        float(torch.ones(()))
+    assert waits.count == 1
