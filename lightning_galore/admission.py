@@ -15,6 +15,7 @@ from lightning_galore.sharding import Shards, common_shards
 from lightning_galore.storage import CODECS
 from lightning_galore.subspace import SUBSPACES
 from lightning_galore.targets import Target
+from lightning_galore.transforms import check_transform
 
 
 def check_params(base: Optimizer, model: nn.Module | None) -> None:
@@ -39,11 +40,17 @@ def check(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfi
     base_rules.check_base(base)
     shards = shards_of(base, targets, config)
     _check_lift(config, sharded=shards is not None)
+    if shards is not None and config.transform != "none":
+        raise ValueError(
+            f"transform={config.transform!r} with sharded weights (FSDP2): it looks at whole gradients. Use "
+            "transform='none', or GaLoreDDPStrategy, where weights are whole."
+        )
     if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
         state_keys.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
     base_probe.check_moves(base, targets)
     if config.moment_storage == "8bit":
         base_probe.check_moment_bits(base, targets)
+    check_transform(base, targets, config)
 
 
 def warn(base: Optimizer, config: GaLoreConfig) -> None:

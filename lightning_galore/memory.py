@@ -21,6 +21,7 @@ from lightning_galore.lift import LIFTS
 from lightning_galore.sharding import Sharding
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
+from lightning_galore.transforms import Transform, transform_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Footprint:
         lifts: What the lift keeps of projected weights.
         gradients: What is alive after the last backward of a step, by ``mode``. (A weight whose refresh waits for the
             end of an accumulation has its full gradient until then, whatever the mode.)
+        transforms: What the transform of gradients remembers.
     """
 
     weights: int
@@ -41,11 +43,12 @@ class Footprint:
     moments: int
     gradients: int
     lifts: int = 0
+    transforms: int = 0
 
     @property
     def total(self) -> int:
         """All categories."""
-        return self.weights + self.bases + self.moments + self.gradients + self.lifts
+        return self.weights + self.bases + self.moments + self.gradients + self.lifts + self.transforms
 
 
 def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> Footprint:
@@ -56,8 +59,8 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
         targets: Its projected weights.
         config: Says how bases and low-rank gradients are kept.
     """
-    tally = _Tally(base)
-    weights = bases = gradients = lifts = 0
+    tally, transform = _Tally(base), transform_of(config)
+    weights = bases = gradients = lifts = transforms = 0
     for group in base.param_groups:
         for param in group["params"]:
             weights += storage.nbytes(param)
@@ -71,7 +74,9 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
             own = {k: v for k, v in (base.state.get(param) or {}).items() if not state_keys.is_ours(k)}
             tally.add(own or None, group, shape, param)
             gradients += _gradient_bytes(param, None if target is None else shape, config)
-    return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients, lifts=lifts)
+            transforms += _transform_bytes(transform, shape, param, projected=target is not None)
+    held = {"weights": weights, "bases": bases, "moments": tally.total, "gradients": gradients}
+    return Footprint(**held, lifts=lifts, transforms=transforms)
 
 
 class _Tally:
@@ -130,7 +135,7 @@ def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLore
     held = _probed(base, fresh, config)
     for param, state in states.items():
         if param not in fresh:
-            ours = _basis_bytes(state.projection, param, config) + _lift_bytes(state.projection, param, config)
+            ours = _basis_bytes(state.projection, param, config) + _kept_bytes(state.projection, param, config)
             held[param] = storage.nbytes(state.own) + ours
     return {target: held[param] for param, target in targets.items()}
 
@@ -185,7 +190,7 @@ def _probed(
         key = (groups[param], low_shape, param.dtype, param.device)
         if key not in probed:
             probed[key] = base_probe.probe_state(base, base.param_groups[groups[param]], low_shape, param)
-        ours = _basis_bytes(target.projection, param, config, index) + _lift_bytes(target.projection, param, config)
+        ours = _basis_bytes(target.projection, param, config, index) + _kept_bytes(target.projection, param, config)
         held[param] = probed[key] + ours
     return held
 
@@ -201,6 +206,22 @@ def _lift_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> 
     shapes = LIFTS[config.lift].build(config).kept_shapes(projection).values()
     sizes = (math.prod(shape) * (param.dtype.itemsize if shape else 4) for shape in shapes)
     return sum(sizes)
+
+
+def _kept_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
+    """Of the lift and of the transform of a projected weight."""
+    shape = _low_part_shape(projection, param)
+    transformed = _transform_bytes(transform_of(config), shape, param, projected=True)
+    return _lift_bytes(projection, param, config) + transformed
+
+
+def _transform_bytes(transform: Transform | None, shape: tuple[int, ...], param: Tensor, *, projected: bool) -> int:
+    """Of a parameter whose gradient the wrapped optimizer sees in ``shape``."""
+    if transform is None or (transform.projected_only and not projected):
+        return 0
+    scalar = torch.promote_types(param.dtype, torch.float32).itemsize
+    kept = transform.kept_shapes(shape).values()
+    return sum(math.prod(one) * (param.dtype.itemsize if one else scalar) for one in kept)
 
 
 def _low_part_shape(projection: Projection, param: Tensor, index: int | None = None) -> tuple[int, int]:

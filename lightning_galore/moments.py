@@ -297,6 +297,18 @@ def _first(base: Optimizer, state: State) -> tuple[str, StateRule] | None:
     return None
 
 
+def second_moment(base: Optimizer, state: State) -> Tensor | None:
+    """Average of the squares of the last gradients, entry by entry, as it is kept: with the bias of its start.
+
+    None if ``base`` keeps none (yet), or another one: factored, or a sum.
+    """
+    for key, value in state.items():
+        rule = base_rules.state_rule(base, key)
+        if rule and rule.kind in ("second", "centered") and rule.decay and isinstance(value, Tensor):
+            return base_state.read(state, key)
+    return None
+
+
 def _known(base: Optimizer, state: State, change: Change) -> Iterator[tuple[str, StateRule]]:
     """The entries that refer to coordinates. What looks like another one is warned of, or refused."""
     for key, value in state.items():

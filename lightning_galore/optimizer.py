@@ -218,6 +218,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
                 elif param in self.hooks.waiting or param.grad is not None:
                     swaps.append(self._swap(param, group, self._take(param)))
         output = self._stepper.step(swaps, dense, **kwargs)
+        self._stepper.restarts.count(self.param_groups)
         self.hooks.end_window()
         self._projector.forget()
         return output

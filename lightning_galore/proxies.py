@@ -26,9 +26,11 @@ class Swap:
         proxy: Zeros, onto which ``base`` writes its update; its ``grad`` is what ``base`` sees.
         group: Its param group.
         low_grad: What the proxy is of, for a projected weight; None for another one, whose proxy has its shape.
-        carried: ``base``'s own state of it in new coordinates; None where its coordinates have not changed.
-        turned: What that did to the first moment, for a lift that wants to know.
+        carried: ``base``'s own state of it in new coordinates, or begun anew; None where it is what it was.
+        turned: What new coordinates did to the first moment, for a lift that wants to know.
         penalty: Factor on the weight that its full gradient still lacks, of a coupled decay.
+        remembered: What the transform keeps of it after this step.
+        plain: The low-rank gradient without its transform, for a lift that compares it with the full one.
     """
 
     param: Tensor
@@ -38,6 +40,8 @@ class Swap:
     carried: Mapping[str, Any] | None = None
     turned: Turned | None = None
     penalty: float = 0.0
+    remembered: Mapping[str, Tensor] = field(default_factory=dict)
+    plain: Tensor | None = None
 
     @property
     def skips(self) -> bool:
@@ -80,6 +84,26 @@ def calls_of(base: Optimizer, shown: Shown) -> Iterator[Shown]:
         rms = float(linalg.norm(swap.param)) / swap.param.numel() ** 0.5
         yield Shown(swaps=[swap], overrides={"eps": (eps1, max(eps2, rms))}, few=True)
     yield Shown(dense=shown.dense, few=shown.few)
+
+
+@contextmanager
+def renewed(base: Optimizer, states: Mapping[Tensor, Mapping[str, Any]]) -> Iterator[None]:
+    """Let ``base`` find other states of some parameters, which are stepped as they are; our keys stay.
+
+    Args:
+        base: The wrapped optimizer.
+        states: Its own part of their states; where it raises, they get back what they had.
+    """
+    before = {param: base.state[param] for param in states}
+    for param, own in states.items():
+        base.state[param] = dict(own)
+    try:
+        yield
+    except BaseException:
+        base.state.update(before)
+        raise
+    for param, state in before.items():
+        base.state[param].update({key: value for key, value in state.items() if state_keys.is_ours(key)})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from typing_extensions import override
 
@@ -23,6 +23,9 @@ class RankRule(ABC):
     Args:
         config: Thresholds.
     """
+
+    #: Whether a rank is never more than the one before it.
+    shrinks: ClassVar[bool] = False
 
     def __init__(self, config: GaLoreConfig) -> None:
         self.config = config
@@ -48,6 +51,12 @@ class EnergyRank(RankRule):
         return 1 + sum(1 for sofar in held if sofar < enough)
 
 
+class ShrinkingEnergyRank(EnergyRank):
+    """The same, but never more than the weight's last basis had: ranks only fall, and refreshes get cheaper."""
+
+    shrinks: ClassVar[bool] = True
+
+
 class NoiseEdgeRank(RankRule):
     """As many directions as stand out of noise.
 
@@ -68,7 +77,11 @@ class NoiseEdgeRank(RankRule):
         return len(spectrum)
 
 
-RANK_RULES: dict[str, type[RankRule]] = {"energy": EnergyRank, "noise_edge": NoiseEdgeRank}
+RANK_RULES: dict[str, type[RankRule]] = {
+    "energy": EnergyRank,
+    "energy_shrink": ShrinkingEnergyRank,
+    "noise_edge": NoiseEdgeRank,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,14 +127,15 @@ class Refresher:
         known = self._known(grad, state, group)
         late = self.config.random_after is not None and state.step >= self.config.random_after
         subspace = RandomOrthonormal() if late else self.subspace  # GoLore, arXiv 2410.11289
-        found = subspace.find(
-            grad, target.projection, generator=generator, known=known, fix_signs=self.config.fix_signs
-        )
+        # Of a rank that only shrinks no more has to be found than there is; unit vectors that stand in do not count.
+        shrinks = self._rule is not None and self._rule.shrinks and state.refreshed_at >= 0
+        widest = state.projection if shrinks else target.projection
+        found = subspace.find(grad, widest, generator=generator, known=known, fix_signs=self.config.fix_signs)
         if found is None:
             finite = bool(torch.isfinite(torch.linalg.vector_norm(grad, torch.inf)))
             refresh = Refresh(bases=self._unit(grad, target, state), found=False, finite=finite)
         else:
-            refresh = self._compared(self._narrowed(found, grad, target), grad, target, state)
+            refresh = self._compared(self._narrowed(found, grad, target, widest.rank), grad, target, state)
         self.seconds += time.perf_counter() - begin
         return refresh
 
@@ -171,7 +172,7 @@ class Refresher:
         shapes = target.projection.with_rank(rank).basis_shapes
         return self._store([linalg.identity_basis(d, r, like=grad) for d, r in shapes], grad)
 
-    def _narrowed(self, found: Found, grad: Tensor, target: Target) -> Found:
+    def _narrowed(self, found: Found, grad: Tensor, target: Target, widest: int) -> Found:
         """The first vectors only, as many as the rank rule asks for."""
         if self._rule is None or found.spectrum is None:
             return found
@@ -179,7 +180,7 @@ class Refresher:
         energy = linalg.norm_sq(grad)
         *spectrum, total = torch.cat([found.spectrum.to(energy.dtype), energy[None]]).tolist()
         wanted = self._rule.choose(spectrum, total, target.projection.shape)
-        rank = min(max(wanted, self.config.min_rank), target.projection.rank, self._cap(target))
+        rank = min(max(wanted, self.config.min_rank), widest, self._cap(target))
         self._chosen[target] = rank
         return Found(bases=tuple(basis[:, :rank] for basis in found.bases), spectrum=found.spectrum)
 

@@ -38,6 +38,7 @@ DUE_AT = "galore_due_at"  # step of the next refresh where it is decided already
 WORTH = "galore_worth"  # what a fresh basis is worth, by the schedule's measure
 COSINES = "galore_cosines"  # of the last first vectors
 LIFT = "galore_lift_"  # before the name of what a lift keeps
+TRANSFORM = "galore_transform_"  # before the name of what a transform remembers
 ENERGY = "galore_energy"  # captured by the last basis of the gradient that it was found from
 # What a schedule knows of a weight, field by field.
 RECORD = {
@@ -65,6 +66,18 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     for key, value in state.items():
         (ours if is_ours(key) else own)[key] = value
     return own, ours
+
+
+def transform_entries(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a transform remembers of a parameter, projected or not, by its own names."""
+    return {key.removeprefix(TRANSFORM): value for key, value in state.items() if str(key).startswith(TRANSFORM)}
+
+
+def keep_transform_entries(state: dict[str, Any], entries: Mapping[str, Tensor]) -> None:
+    """Write what a transform remembers, in place of all that one did."""
+    for name in transform_entries(state).keys() - entries.keys():
+        del state[TRANSFORM + name]
+    state.update({TRANSFORM + name: value for name, value in entries.items()})
 
 
 class WeightState:

@@ -167,7 +167,8 @@ class Selector:
         rank = config.rank_of(name.rpartition(".")[0], shape, named=group.get("rank"))
         if rank > least:
             return None, f"min(m, n) = {min(shape)} <= rank = {rank}: nothing would be saved"
-        projection = Projection(shape=shape, side=resolve_side(config.proj_type, shape), rank=rank)
+        side, heads = resolve_side(config.proj_type, shape), config.has_heads(name.rpartition(".")[0])
+        projection = Projection(shape=shape, side=side, rank=rank, has_heads=heads)
         return Target(name=name, projection=projection), ""
 
     def _reason(self, param: Tensor, group: Mapping[str, Any]) -> str:

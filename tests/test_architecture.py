@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"memory", "refresh", "sharded_state"}),
     frozenset({"checkpoint_files", "convert", "export", "foreign_state", "state_keys", "untrusted"}),
     frozenset({"targets"}),
+    frozenset({"transforms"}),
     frozenset({"coordinates", "lift", "moments", "weights"}),
     frozenset({"sharding"}),
     frozenset({"base_probe", "base_state", "bases", "rank", "schedule", "subspace"}),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_galore.config import AUTO, GROUP_KEYS, METHODS, SCHEDULE_SETTINGS, GaLoreConfig
+from lightning_galore.config import AUTO, GROUP_KEYS, METHODS, RESETS, SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.config.presets import NEEDED, WHY
 from lightning_galore.subspace import SUBSPACES
 
@@ -23,7 +23,10 @@ from lightning_galore.subspace import SUBSPACES
         ({"rank": float("nan")}, r"rank=nan must be an integer, or a fraction in \(0, 1\)"),
         ({"min_rank": 0}, r"min_rank=0 must be at least 1; 1 is the least"),
         ({"rank": 4, "min_rank": 5}, r"min_rank=5 is above rank=4, the upper bound; lower it"),
-        ({"rank_rule": "all"}, r"rank_rule='all' is not known; choose one of 'fixed', 'energy', 'noise_edge'"),
+        (
+            {"rank_rule": "all"},
+            r"rank_rule='all' is not known; choose one of 'auto', 'fixed', 'energy', 'energy_shrink', ",
+        ),
         ({"rank_energy": 0.0}, r"rank_energy=0\.0 must be in \(0, 1\]; 0\.9 holds nine tenths"),
         ({"rank_energy": 1.1}, r"rank_energy=1\.1 must be in \(0, 1\]"),
         ({"rank_pattern": {"mlp": 0}}, r"rank_pattern\['mlp'\]=0 must be at least 1"),
@@ -188,6 +191,7 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
     wanted = {**AUTO, **METHODS[method]}
     wanted |= {axis: 8 for axis, choice in wanted.items() if choice == NEEDED}
     config = GaLoreConfig(method=method, **{axis: wanted[axis] for axis in WHY if wanted[axis] is not None})
+    wanted |= RESETS.get(wanted["transform"], {})
     assert {axis: getattr(config, axis) for axis in wanted} == wanted
     assert config.subspace in SUBSPACES
     others: dict[str, Any] = {
@@ -204,6 +208,10 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
         "weight_storage": "int8",
         "moment_storage": "base",
         "stochastic_round": False,
+        "rank_rule": "fixed",
+        "transform": "spam",
+        "reset_gap": 9,
+        "reset_warmup": 3,
     }
     assert others.keys() == AUTO.keys()
     named = GaLoreConfig(method=method, **others)

@@ -86,7 +86,14 @@ def test_bytes_are_those_of_plain_arithmetic() -> None:
         moments += 2 * (4 * numel if numel < 4096 else numel + 4 * math.ceil(numel / 256))
         gradients += 2 * numel
     maps = 2 * 256 * 4  # bitsandbytes' two tables of 256 values, once for all
-    expected = {"weights": weights, "bases": bases, "moments": moments + maps, "gradients": gradients, "lifts": 0}
+    expected = {
+        "weights": weights,
+        "bases": bases,
+        "moments": moments + maps,
+        "gradients": gradients,
+        "lifts": 0,
+        "transforms": 0,
+    }
     assert asdict(optimizer.footprint()) == expected
 
 

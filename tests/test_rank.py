@@ -57,7 +57,7 @@ def test_noise_edge_of_a_matrix_without_noise_is_its_rank() -> None:
 
 
 def test_every_rule_can_be_named() -> None:
-    assert {"fixed", *RANK_RULES} == {"fixed", "energy", "noise_edge"}
+    assert {"fixed", *RANK_RULES} == {"fixed", "energy", "energy_shrink", "noise_edge"}
 
 
 def extent(low: int, high: int, per_rank: float, fixed: float = 0.0) -> Extent:

@@ -92,7 +92,11 @@ ONLY_FOR = {
     "grow_above": ("schedule", "adaptive"),
     "shrink_below": ("schedule", "adaptive"),
     "refresh_below": ("schedule", "energy"),
-    "rank_energy": ("rank_rule", "energy"),
+    "rank_energy": ("rank_rule", "energy", "energy_shrink"),
+    "head_size": ("subspace", "cross_head"),
+    "spam_theta": ("transform", "spam"),
+    "natural_history": ("transform", "natural"),
+    "natural_damping": ("transform", "natural"),
 }
 
 
@@ -100,7 +104,11 @@ def _agree(held: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> boo
     """Whether two configurations say the same of all that both know: a setting that came later had its old meaning."""
     if held is None or now is None:
         return held is None and now is None
-    idle = {name for name, (axis, choice) in ONLY_FOR.items() if held.get(axis) != choice and now.get(axis) != choice}
+    idle = {
+        name
+        for name, (axis, *choices) in ONLY_FOR.items()
+        if held.get(axis) not in choices and now.get(axis) not in choices
+    }
     return all(held[name] == now[name] for name in held.keys() & now.keys() - idle)
 
 

@@ -7,6 +7,7 @@ from lightning_galore.config.presets import (
     CLASS_PREFIX,
     GROUP_KEYS,
     METHODS,
+    RESETS,
     SCHEDULE_SETTINGS,
     AccumulatorStorage,
     BasisPlacement,
@@ -20,6 +21,7 @@ from lightning_galore.config.presets import (
     RankRuleName,
     ScheduleName,
     SubspaceName,
+    TransformName,
     WeightStorage,
 )
 from lightning_galore.config.settings import GaLoreConfig
@@ -29,6 +31,7 @@ __all__ = [
     "CLASS_PREFIX",
     "GROUP_KEYS",
     "METHODS",
+    "RESETS",
     "SCHEDULE_SETTINGS",
     "AccumulatorStorage",
     "BasisPlacement",
@@ -43,6 +46,7 @@ __all__ = [
     "RankRuleName",
     "ScheduleName",
     "SubspaceName",
+    "TransformName",
     "WeightStorage",
     "names",
 ]

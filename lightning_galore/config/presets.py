@@ -19,9 +19,11 @@ SubspaceName = Literal[
     "columns",
     "coordinates",
     "block",
+    "cross_head",
 ]
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
-RankRuleName = Literal["fixed", "energy", "noise_edge"]
+RankRuleName = Literal["auto", "fixed", "energy", "energy_shrink", "noise_edge"]
+TransformName = Literal["auto", "none", "spam", "stable-spam", "natural"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
 LiftName = Literal["auto", "project_back", "error_feedback", "sign_residual", "whiten"]
 BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
@@ -30,7 +32,22 @@ MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
 BasisPlacement = Literal["replicate", "shard"]
 Mode = Literal["step", "project", "layerwise"]
-Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore", "ldadam", "frugal", "golore", "swan"]
+Method = Literal[
+    "galore",
+    "galore2",
+    "galore-track",
+    "galore-8bit",
+    "q-galore",
+    "spam",
+    "stable-spam",
+    "natural-galore",
+    "adarankgrad",
+    "galore-plus",
+    "ldadam",
+    "frugal",
+    "golore",
+    "swan",
+]
 
 #: In a method's row: the user must say it, and why.
 NEEDED = "needed"
@@ -53,6 +70,15 @@ AUTO: dict[str, Any] = {
     "weight_storage": "param",
     "moment_storage": "base",
     "stochastic_round": False,
+    "rank_rule": "fixed",
+    "transform": "none",
+    "reset_gap": 0,
+    "reset_warmup": 0,
+}
+#: Momentum reset as the papers have it: the gap and the warm-up that a transform comes with.
+RESETS: dict[str, dict[str, int]] = {
+    "spam": {"reset_gap": 500, "reset_warmup": 150},
+    "stable-spam": {"reset_gap": 1000, "reset_warmup": 0},
 }
 #: A named method is nothing but a row of choices; it fills the axes that the user left open.
 METHODS: dict[str, dict[str, Any]] = {
@@ -115,6 +141,27 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # After arXiv 2412.13148, in the subspace and over SGD.
     "swan": {"subspace": "randomized", "schedule": "fixed", "stagger": False, "lift": "whiten", "scale": 1.0},
+    # arXiv 2501.06842 and 2502.17055, over the defaults of this package.
+    "spam": {"transform": "spam"},
+    "stable-spam": {"transform": "stable-spam"},
+    # arXiv 2410.16029
+    "natural-galore": {
+        "subspace": "svd",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "keep",
+        "transform": "natural",
+    },
+    # Related to arXiv 2410.17881: ranks that only shrink, moments in the new coordinates; refreshed at fixed gaps.
+    "adarankgrad": {
+        "subspace": "randomized",
+        "schedule": "fixed",
+        "stagger": False,
+        "moments": "rotate",
+        "rank_rule": "energy_shrink",
+    },
+    # arXiv 2412.19820 without its sparsely coded residual.
+    "galore-plus": {"subspace": "cross_head", "schedule": "fixed", "stagger": False, "moments": "keep"},
 }
 #: How an axis is written that is left open.
 OPEN = ("auto", None)
@@ -136,4 +183,6 @@ SCHEDULE_SETTINGS = (
     "refresh_below",
 )
 
+#: Modules whose weights have heads along their rows: queries, keys and values, as models name them.
+HEADED = r"(?:.*\.)?(?:[qkv]_proj|[qkv]_lin|query|key|value|to_[qkv]|w[qkv])"
 CLASS_PREFIX = "class:"  # how a module class is written as a string: "class:torch.nn.Linear"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 #: Subspaces that know no singular values of the gradient.
-_BLIND = ("gaussian", "random_orthonormal", "columns", "coordinates", "block", "track", "blend")
+_BLIND = ("gaussian", "random_orthonormal", "columns", "coordinates", "block", "track", "blend", "cross_head")
 
 
 def check_numbers(config: GaLoreConfig) -> None:
@@ -22,6 +22,9 @@ def check_numbers(config: GaLoreConfig) -> None:
     check_int("min_rank", config.min_rank, minimum=1, remedy="1 is the least")
     if isinstance(config.rank, int) and config.min_rank > config.rank:
         raise ValueError(f"min_rank={config.min_rank} is above rank={config.rank}, the upper bound; lower it.")
+    check_int("head_size", config.head_size, minimum=1, remedy="LLaMA-7B has 128 rows a head, RoBERTa-base 64")
+    check_int("natural_history", config.natural_history, minimum=1, remedy="each costs a low-rank gradient's memory")
+    check_positive("natural_damping", config.natural_damping, remedy="1.0 weighs the identity like one gradient")
     check_share("rank_energy", config.rank_energy, remedy="0.9 holds nine tenths of the gradient's energy")
     check_share("tracking_rho", config.tracking_rho, below_one=True, remedy="0.7 follows the first moment mostly")
     check_positive("scale", config.scale, remedy="the paper uses 0.25 for pre-training, 2 or 4 for GLUE")
@@ -34,7 +37,7 @@ def check_numbers(config: GaLoreConfig) -> None:
         if config.rank_rule == "fixed":
             raise ValueError(
                 f"state_budget={config.state_budget} caps an adaptive rank, and rank_rule='fixed' has none; choose "
-                "rank_rule='energy' or 'noise_edge'."
+                "rank_rule='energy', 'energy_shrink' or 'noise_edge'."
             )
 
 
@@ -56,6 +59,20 @@ def check_schedule(config: GaLoreConfig) -> None:
     if config.shrink_below >= config.grow_above:
         raise ValueError(
             f"shrink_below={config.shrink_below} must be less than grow_above={config.grow_above}; lower it."
+        )
+
+
+def check_resets(config: GaLoreConfig) -> None:
+    """Refuse a threshold of spikes or momentum resets out of range."""
+    check_positive("spam_theta", config.spam_theta, remedy="the paper uses 5000")
+    check_int("reset_gap", config.reset_gap, minimum=0, remedy="the paper uses 500; 0 never resets")
+    check_int("reset_warmup", config.reset_warmup, minimum=0, remedy="the paper uses 150; 0 is no warm-up")
+    assert config.reset_gap is not None
+    assert config.reset_warmup is not None
+    if config.reset_warmup > config.reset_gap:
+        raise ValueError(
+            f"reset_warmup={config.reset_warmup} is longer than reset_gap={config.reset_gap}: the learning rate would "
+            "never be whole. Lower it."
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -18,9 +19,11 @@ from lightning_galore.config.checks import (
 from lightning_galore.config.presets import (
     AUTO,
     GROUP_KEYS,
+    HEADED,
     METHODS,
     NEEDED,
     OPEN,
+    RESETS,
     WHY,
     AccumulatorStorage,
     BasisPlacement,
@@ -34,9 +37,10 @@ from lightning_galore.config.presets import (
     RankRuleName,
     ScheduleName,
     SubspaceName,
+    TransformName,
     WeightStorage,
 )
-from lightning_galore.config.ranges import check_numbers, check_schedule, check_subspace
+from lightning_galore.config.ranges import check_numbers, check_resets, check_schedule, check_subspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +66,15 @@ class GaLoreConfig:
             (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
             moments), ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap), ``ldadam`` (a basis for each
             step, error feedback), ``frugal`` (signs of what the subspace leaves out), ``golore`` (random bases late in
-            training) or ``swan`` (whitened updates without moments). Settings you name win.
+            training), ``swan`` (whitened updates without moments), ``spam`` or ``stable-spam`` (gradient spikes are
+            clipped, momentum is reset), ``natural-galore`` (natural gradient in the subspace), ``adarankgrad``
+            (shrinking ranks) or ``galore-plus`` (heads share a basis). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``blend`` (LDAdam's form of it), ``columns`` (the largest columns),
             ``random_orthonormal``, ``gaussian`` (not orthonormal), ``coordinates`` (rows or columns drawn at random) or
-            ``block`` (a run of them). ``auto`` is what ``method`` says, else ``randomized``.
+            ``block`` (a run of them), ``cross_head`` (queries, keys and values: from a head's rows; others:
+            ``randomized``). ``auto`` is what ``method`` says, else ``randomized``.
         random_after: From this many steps of a weight on its bases are random orthonormal ones, whatever ``subspace``
             says. None is what ``method`` says, else never.
         schedule: When a basis is refreshed. ``fixed``: every gap; ``adaptive``: the gap follows the overlap of old and
@@ -89,9 +96,11 @@ class GaLoreConfig:
             ``rotate``: first and second moments are carried into the new coordinates; ``rotate_first``: first ones
             only; ``reset``: begin anew. ``auto`` is what ``method`` says, else ``rotate_first``.
         rank_rule: ``fixed``: every weight has ``rank``. ``energy``: the smallest rank that holds ``rank_energy`` of
-            the gradient's energy, ``noise_edge``: as many directions as stand out of noise (Marchenko-Pastur), both
-            chosen anew at each refresh, between ``min_rank`` and ``rank``.
-        rank_energy: Share of the gradient's energy that ``rank_rule="energy"`` holds.
+            the gradient's energy, ``energy_shrink``: the same, but never more than before, ``noise_edge``: as many
+            directions as stand out of noise (Marchenko-Pastur); chosen anew at each refresh, between ``min_rank`` and
+            ``rank``. ``auto`` is what ``method`` says, else ``fixed``.
+        rank_energy: Share of the gradient's energy that ``rank_rule="energy"`` or ``"energy_shrink"`` holds.
+        head_size: Rows of one attention head, for ``subspace="cross_head"``.
         min_rank: Lower bound of an adaptive rank.
         rank_pattern: Ranks of some modules by name, a mapping from substring or regular expression to a rank; the
             first that matches counts. It wins over ``rank``, and a param group's ``rank`` wins over it.
@@ -105,6 +114,18 @@ class GaLoreConfig:
             ``auto`` is what ``method`` says, else ``project_back``.
         residual_scale: Factor on the learning rate of signSGD in ``lift="sign_residual"``: 1.0 for pre-training, 0.1
             for fine-tuning.
+        transform: What is done to each gradient (of projected weights the low-rank one) before the wrapped optimizer
+            sees it. ``spam``: entries far above the root of the optimizer's second moment are clipped to it;
+            ``stable-spam``: the largest entries and the norm are held at what was usual. Both come with a reset.
+            ``natural``: low-rank gradients are scaled by an inverse Fisher matrix of the last ones.
+            ``auto`` is what ``method`` says, else ``none``.
+        spam_theta: ``transform="spam"`` clips where the square of an entry is more than this times its second moment.
+        natural_history: Low-rank gradients that ``transform="natural"`` remembers of each weight.
+        natural_damping: Weight of the identity in its Fisher matrix, as a multiple of their mean squared norm.
+        reset_gap: Optimizer steps after which the wrapped optimizer begins anew, for all parameters at once; 0 is
+            never. None is what ``transform`` comes with: 500 for ``spam``, 1000 for ``stable-spam``, else 0.
+        reset_warmup: Optimizer steps at the start and after each reset over which the learning rate rises along a
+            cosine. None is what ``transform`` comes with: 150 for ``spam``, else 0.
         basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, or as
             ``int8`` or ``int4`` codes, read back orthonormal. ``auto`` is what ``method`` says, else ``param``.
         basis_placement: With weights that are sharded over processes (FSDP2): ``replicate`` keeps a basis on each of
@@ -161,14 +182,21 @@ class GaLoreConfig:
     shrink_below: float = 0.4
     refresh_below: float = 0.7
     moments: MomentsName = "auto"
-    rank_rule: RankRuleName = "fixed"
+    rank_rule: RankRuleName = "auto"
     rank_energy: float = 0.9
+    head_size: int = 64
     min_rank: int = 1
     rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
     state_budget: int | None = None
     tracking_rho: float | None = None
     lift: LiftName = "auto"
     residual_scale: float = 1.0
+    transform: TransformName = "auto"
+    spam_theta: float = 5000.0
+    natural_history: int = 4
+    natural_damping: float = 1.0
+    reset_gap: int | None = None
+    reset_warmup: int | None = None
     basis_storage: BasisStorage = "auto"
     basis_placement: BasisPlacement = "replicate"
     weight_storage: WeightStorage = "auto"
@@ -195,6 +223,7 @@ class GaLoreConfig:
             )
         check_schedule(self)
         check_subspace(self)
+        check_resets(self)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
         for name in ("fix_signs", "fused_backward", "stagger", "stochastic_round"):
@@ -215,7 +244,11 @@ class GaLoreConfig:
             choices["moments"] = "keep"  # there is no change of coordinates between bases that are not orthonormal
         if self.weight_storage == "int8":
             choices["stochastic_round"] = True
+        transform = choices["transform"] if self.transform in OPEN else self.transform
+        choices |= RESETS.get(transform, {})
         opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
+        if "reset_warmup" in opened and isinstance(gap := opened.get("reset_gap", self.reset_gap), int):
+            opened["reset_warmup"] = min(opened["reset_warmup"], gap)
         for axis, choice in opened.items():
             if choice == NEEDED:
                 raise ValueError(f"method={self.method!r} with {axis}={getattr(self, axis)!r}: say {WHY[axis]}.")
@@ -259,6 +292,14 @@ class GaLoreConfig:
         rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
         rank = rank if named is None else named
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
+
+    def has_heads(self, module: str) -> bool:
+        """Whether a weight's basis may come from some of its heads.
+
+        Args:
+            module: Name of the weight's module.
+        """
+        return self.subspace == "cross_head" and re.fullmatch(HEADED, module) is not None
 
     @property
     def rank_patterns(self) -> tuple[tuple[str, int | float], ...]:
@@ -319,7 +360,16 @@ class GaLoreConfig:
         return dataclasses.replace(self, **{**opened, **settings})
 
 
-_NONE_IS_OPEN = ("update_proj_gap", "stagger", "stochastic_round", "random_after", "tracking_rho", "scale")
+_NONE_IS_OPEN = (
+    "update_proj_gap",
+    "stagger",
+    "stochastic_round",
+    "random_after",
+    "tracking_rho",
+    "scale",
+    "reset_gap",
+    "reset_warmup",
+)
 _CHOICES: dict[str, Any] = {
     "proj_type": ProjType,
     "mode": Mode,
@@ -328,6 +378,7 @@ _CHOICES: dict[str, Any] = {
     "moments": MomentsName,
     "rank_rule": RankRuleName,
     "lift": LiftName,
+    "transform": TransformName,
     "basis_storage": BasisStorage,
     "basis_placement": BasisPlacement,
     "weight_storage": WeightStorage,

@@ -35,6 +35,7 @@ from lightning_galore.config import (
     RankRuleName,
     ScheduleName,
     SubspaceName,
+    TransformName,
     WeightStorage,
 )
 from lightning_galore.config.checks import check_int
@@ -68,10 +69,10 @@ class GaLoreStrategy(BackwardModes):
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
-        method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, ldadam, frugal, golore or swan;
-            settings you name win over it.
+        method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, ldadam, frugal, golore, swan,
+            spam, stable-spam, natural-galore, adarankgrad or galore-plus; settings you name win over it.
         subspace: How a basis is found: randomized, svd, gram, power, track, blend, columns, random_orthonormal,
-            gaussian, coordinates or block.
+            gaussian, coordinates, block or cross_head.
         random_after: From this many steps of a weight on its bases are random orthonormal ones.
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
@@ -83,14 +84,22 @@ class GaLoreStrategy(BackwardModes):
         shrink_below: Share below which it halves it.
         refresh_below: Share of a fresh basis's energy below which "energy" refreshes.
         moments: What happens to the moments at a refresh: keep, rotate, rotate_first or reset.
-        rank_rule: fixed, or a rank that follows the gradient: energy or noise_edge.
-        rank_energy: Share of the gradient's energy that rank_rule="energy" holds.
+        rank_rule: fixed, or a rank that follows the gradient: energy, energy_shrink (never more than before) or
+            noise_edge.
+        rank_energy: Share of the gradient's energy that the rank holds.
+        head_size: Rows of one attention head, for subspace="cross_head".
         min_rank: Lower bound of an adaptive rank.
         rank_pattern: Ranks of some modules, a mapping from substring or regular expression to rank.
         state_budget: Most bytes of bases and moments together under an adaptive rank.
         tracking_rho: Weight of the first moment in what subspace="track" or "blend" follows.
         lift: How the low-rank update becomes a weight update: project_back, error_feedback, sign_residual or whiten.
         residual_scale: Factor on the learning rate of signSGD in lift="sign_residual".
+        transform: What is done to each gradient before the optimizer sees it: none, spam, stable-spam or natural.
+        spam_theta: Threshold of transform="spam", as a multiple of the second moment.
+        natural_history: Low-rank gradients that transform="natural" remembers of each weight.
+        natural_damping: Weight of the identity in its Fisher matrix, in their mean squared norm.
+        reset_gap: Steps after which the wrapped optimizer begins anew; 0 is never, None is the transform's.
+        reset_warmup: Steps over which the learning rate rises after a reset; None is the transform's.
         basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
         basis_placement: Under FSDP2, whether each device keeps a basis whole (replicate) or a part of it (shard).
         weight_storage: How projected weights are kept: param or int8.
@@ -143,14 +152,21 @@ class GaLoreStrategy(BackwardModes):
         shrink_below: float = 0.4,
         refresh_below: float = 0.7,
         moments: MomentsName = "auto",
-        rank_rule: RankRuleName = "fixed",
+        rank_rule: RankRuleName = "auto",
         rank_energy: float = 0.9,
+        head_size: int = 64,
         min_rank: int = 1,
         rank_pattern: dict[str, int | float] | None = None,
         state_budget: int | None = None,
         tracking_rho: float | None = None,
         lift: LiftName = "auto",
         residual_scale: float = 1.0,
+        transform: TransformName = "auto",
+        spam_theta: float = 5000.0,
+        natural_history: int = 4,
+        natural_damping: float = 1.0,
+        reset_gap: int | None = None,
+        reset_warmup: int | None = None,
         basis_storage: BasisStorage = "auto",
         basis_placement: BasisPlacement = "replicate",
         weight_storage: WeightStorage = "auto",

@@ -14,6 +14,7 @@ from lightning_galore.subspace.base import (
 from lightning_galore.subspace.blend import Blend
 from lightning_galore.subspace.columns import Columns
 from lightning_galore.subspace.coordinates import BlockChoice, CoordinateChoice
+from lightning_galore.subspace.cross_head import CrossHead
 from lightning_galore.subspace.power import Power
 from lightning_galore.subspace.random import Gaussian, RandomOrthonormal
 from lightning_galore.subspace.randomized import Randomized
@@ -30,6 +31,7 @@ SUBSPACES: dict[str, type[Subspace]] = {
     "columns": Columns,
     "coordinates": CoordinateChoice,
     "block": BlockChoice,
+    "cross_head": CrossHead,
     "gaussian": Gaussian,
     "random_orthonormal": RandomOrthonormal,
 }

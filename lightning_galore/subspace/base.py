@@ -41,11 +41,13 @@ class Projection:
         shape: ``(m, n)`` of the weight.
         side: ``left`` (low-rank gradient ``P^T G``), ``right`` (``G Q``) or ``full`` (``P^T G Q``).
         rank: Width ``r`` of the basis.
+        has_heads: Whether its rows are those of attention heads with one input, which may share a basis.
     """
 
     shape: tuple[int, int]
     side: Side
     rank: int
+    has_heads: bool = False
 
     def with_rank(self, rank: int) -> Projection:
         """The same side at another rank: the width of a basis may change where ``rank`` is only its ceiling."""

@@ -314,6 +314,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int8-basis": {"basis_storage": "int8"},
     "int4-basis": {"basis_storage": "int4"},
     "bf16-basis": {"basis_storage": "bf16"},
+    "rank-shrink": {"method": "adarankgrad", "rank_energy": 0.7, "rank": 12},
+    "spam": {"method": "spam", "spam_theta": 100.0, "reset_gap": 8, "reset_warmup": 2},
+    "stable-spam": {"method": "stable-spam", "reset_gap": 8},
+    "natural": {"transform": "natural"},
     "golore": {"method": "golore", "random_after": 6},
     "swan": {"method": "swan"},
 }

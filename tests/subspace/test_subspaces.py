@@ -24,6 +24,7 @@ SHARES: dict[str, float | None] = {
     "track": 0.999,
     "blend": 0.999,
     "columns": 0.4,
+    "cross_head": 0.999,  # of weights without heads; tests/family has those with them
     "gaussian": None,
     "random_orthonormal": None,
     "coordinates": None,
@@ -32,8 +33,8 @@ SHARES: dict[str, float | None] = {
 EXACT = ["svd", "gram"]
 RANDOM = ["gaussian", "random_orthonormal", "coordinates", "block"]
 UNIT = ["coordinates", "block"]  # unit vectors
-SEEDED = ["randomized", "power", "track", *RANDOM]
-SPECTRAL = ["randomized", "svd", "gram", "power", "track", "blend"]  # those that know singular values
+SEEDED = ["randomized", "power", "track", "cross_head", *RANDOM]
+SPECTRAL = ["randomized", "svd", "gram", "power", "track", "blend", "cross_head"]  # those that know singular values
 
 
 def test_every_subspace_can_be_named_and_built() -> None:
