@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_galore import base_probe, dtensors, state_keys, storage
+from lightning_galore.bases import DRAWN_BYTES
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.lift import LIFTS
 from lightning_galore.sharding import Sharding
 from lightning_galore.subspace import Projection
 from lightning_galore.targets import Target
@@ -29,7 +31,7 @@ class Footprint:
     Args:
         weights: The parameters themselves.
         bases: Bases of the projected ones.
-        moments: State of the wrapped optimizer.
+        moments: State of the wrapped optimizer, and what the lift keeps.
         gradients: What is alive after the last backward of a step, by ``mode``. (A weight whose refresh waits for the
             end of an accumulation has its full gradient until then, whatever the mode.)
     """
@@ -54,7 +56,7 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
         config: Says how bases and low-rank gradients are kept.
     """
     tally = _Tally(base)
-    weights = bases = gradients = 0
+    weights = bases = gradients = kept = 0
     for group in base.param_groups:
         for param in group["params"]:
             weights += storage.nbytes(param)
@@ -64,10 +66,11 @@ def footprint(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreC
                 state = state_keys.WeightState(base.state.get(param) or {}, target.projection)
                 shape = _low_part_shape(state.projection, param)
                 bases += state.bases.nbytes if state.has_bases else _basis_bytes(target.projection, param, config)
+                kept += storage.nbytes(state.lift_entries) or _lift_bytes(target.projection, param, config)
             own = {k: v for k, v in (base.state.get(param) or {}).items() if not state_keys.is_ours(k)}
             tally.add(own or None, group, shape, param)
             gradients += _gradient_bytes(param, None if target is None else shape, config)
-    return Footprint(weights=weights, bases=bases, moments=tally.total, gradients=gradients)
+    return Footprint(weights=weights, bases=bases, moments=tally.total + kept, gradients=gradients)
 
 
 class _Tally:
@@ -109,7 +112,7 @@ def _gradient_bytes(param: Tensor, low_shape: tuple[int, ...] | None, config: Ga
 
 
 def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfig) -> dict[Target, int]:
-    """Bytes of each projected weight's state: the wrapped optimizer's own, and the basis.
+    """Bytes of each projected weight's state: the wrapped optimizer's own, the basis, and what the lift keeps.
 
     Before the first step those that will be taken, found by letting ``base`` step a proxy of the same shape.
 
@@ -126,7 +129,7 @@ def held_bytes(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLore
     held = _probed(base, fresh, config)
     for param, state in states.items():
         if param not in fresh:
-            held[param] = storage.nbytes(state.own) + _basis_bytes(state.projection, param, config)
+            held[param] = storage.nbytes(state.own) + _added_bytes(state.projection, param, config)
     return {target: held[param] for param, target in targets.items()}
 
 
@@ -176,12 +179,25 @@ def _probed(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreCon
         key = (groups[param], low_shape, param.dtype, param.device)
         if key not in probed:
             probed[key] = base_probe.probe_state(base, base.param_groups[groups[param]], low_shape, param)
-        held[param] = probed[key] + _basis_bytes(target.projection, param, config)
+        held[param] = probed[key] + _added_bytes(target.projection, param, config)
     return held
+
+
+def _added_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
+    """What is kept beside the wrapped optimizer's state."""
+    return _basis_bytes(projection, param, config) + _lift_bytes(projection, param, config)
+
+
+def _lift_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
+    shapes = LIFTS[config.lift]().kept_shapes(projection).values()
+    scalar = torch.promote_types(param.dtype, torch.float32)
+    return sum(math.prod(shape) * (param.dtype if shape else scalar).itemsize for shape in shapes)
 
 
 def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig) -> int:
     kept, shapes, sharding = config.basis_storage, projection.basis_shapes, Sharding.of(param)
+    if kept == "seed":
+        return DRAWN_BYTES
     if sharding is not None and kept not in storage.CODECS:
         shapes = sharding.basis_part_shapes(projection, divide=config.basis_placement == "shard")
     return sum(storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype) for shape in shapes)

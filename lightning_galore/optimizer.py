@@ -77,7 +77,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
             weights.quantize(model, targets)
         elif model is not None:
             weights.dequantize(model, targets)  # of an earlier run
-        check_lift(config)
+        check_lift(config, [target.projection for target in targets.values()])
         warn_of_idle_rounding(config, [param for group in base.param_groups for param in group["params"]])
         self._attach(base, config, (targets, table), model)
         for param, target in targets.items():
@@ -158,6 +158,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         except NoTargetsError:  # a copy has no model to ask, and no group names a rank
             self._know_params()
             return
+        check_lift(self.config, [target.projection for target in targets.values()])
         if self.config.weight_storage == "int8" and model is not None:
             # Before they are hooked, and before anything of them is in use.
             weights.quantize(model, [param for param in targets if param not in self.targets])

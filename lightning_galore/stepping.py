@@ -49,7 +49,8 @@ class Stepper:
             if low_grad.full is not None:
                 low_grad.full = low_grad.full.add(param.detach(), alpha=penalty)
         carried = self._projector.carried(param, low_grad, group)
-        if low_grad.coordinates.gathers:  # not of all weights until they have stepped
+        if low_grad.coordinates.gathers or not self._projector.lift.needs_bases:
+            # Not of all weights until they have stepped.
             low_grad.coordinates.let_go()
         return Swap(param=param, proxy=low_grad.proxy, group=group, low_grad=low_grad, carried=carried)
 
@@ -111,20 +112,22 @@ class Stepper:
         state = self._projector.state_of(swap.param)
         step = state.step
         self._projector.commit(swap.param, low_grad, group)
-        scale = group.get("scale") or self._config.scale
-        scale *= base_rules.lift_factor(group, projection.shape, projection.low_shape)
+        shape_factor = base_rules.lift_factor(group, projection.shape, projection.low_shape)
+        scale = (group.get("scale") or self._config.factor) * shape_factor
         coordinates, lift = low_grad.coordinates, self._projector.lift
         # Where processes hold parts of the weight, each lifts its own.
         update = Update(
             low_update=coordinates.spread(swap.proxy.detach()),
             low_grad=coordinates.spread(low_grad.grad) if lift.needs_grad else low_grad.grad,
             grad=None if low_grad.full is None else dtensors.local(low_grad.full),
-            lr=group["lr"],
+            lr=1.0 if group.get("lr") is None else group["lr"],
+            shape_factor=shape_factor,
             ascends=bool(group.get("maximize")),
             entries=state.lift_entries if lift.needs_grad else {},
         )
         with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
-            lift.apply_(weight, update, projection, coordinates.bases, scale=scale, shrink=self._shrink(group, 1.0))
+            bases = coordinates.bases if lift.needs_bases else ()
+            lift.apply_(weight, update, projection, bases, scale=scale, shrink=self._shrink(group, 1.0))
         if update.entries:
             self._projector.state_of(swap.param).keep_lift_entries(update.entries)
         coordinates.let_go()

@@ -88,10 +88,18 @@ from lightning_galore.subspace import SUBSPACES
         ({"tracking_rho": 1.0}, r"tracking_rho=1\.0 must be in \[0, 1\); 0\.7 follows the first moment mostly"),
         ({"tracking_rho": -0.1}, r"tracking_rho=-0\.1 must be in \[0, 1\)"),
         ({"clip_weight_norm": 0.0}, r"clip_weight_norm=0\.0 must be positive and finite; None clips nothing"),
-        ({"lift": "fira"}, r"lift='fira' is not known; choose one of 'project_back'"),
+        ({"lift": "fira"}, r"lift='fira' is not known; choose one of 'auto', 'project_back', 'channel_scale'"),
         (
             {"basis_storage": "int3"},
             r"basis_storage='int3' is not known; choose one of 'auto', 'param', 'fp32', 'bf16', 'fp16', 'int8', 'int4'",
+        ),
+        *(
+            (
+                {"subspace": subspace, "basis_storage": "seed"},
+                rf"basis_storage='seed' with subspace='{subspace}', whose bases come from gradients: only those of "
+                r"'gaussian' and 'random_orthonormal' can be drawn again\. Use one of these, or basis_storage='param'",
+            )
+            for subspace in ("randomized", "svd", "track", "columns")
         ),
         ({"target_modules": ""}, r"target_modules='' selects nothing; use \"all-linear\", a regular expression or a"),
         ({"target_modules": []}, r"target_modules=\[\] selects nothing"),
@@ -185,11 +193,14 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
     assert {axis: getattr(config, axis) for axis in wanted} == wanted
     assert config.subspace in SUBSPACES
     others: dict[str, Any] = {
+        "rank": 3,
+        "scale": 0.7,
         "subspace": "power",
         "schedule": "cos",
         "stagger": True,
         "moments": "reset",
         "update_proj_gap": 7,
+        "lift": "tensor_scale",
         "basis_storage": "fp16",
         "weight_storage": "int8",
         "moment_storage": "base",
@@ -198,6 +209,27 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
     assert others.keys() == AUTO.keys()
     named = GaLoreConfig(method=method, **others)
     assert {axis: getattr(named, axis) for axis in AUTO} == others
+
+
+def test_rank_and_scale_are_the_methods_unless_they_are_named() -> None:
+    mini = GaLoreConfig(method="apollo-mini")
+    assert (mini.rank, mini.scale, mini.factor, mini.lift) == (1, 128**0.5, 128**0.5, "tensor_scale")
+    assert (GaLoreConfig(method="apollo").rank, GaLoreConfig(method="apollo").scale) == (128, 1.0)
+    assert (GaLoreConfig(method="fira").rank, GaLoreConfig(method="fira").scale) == (128, 0.25)
+    named = GaLoreConfig(method="apollo-mini", rank=4, scale=2.0)
+    assert (named.rank, named.scale) == (4, 2.0)
+    assert GaLoreConfig(rank=4, scale=2.0).with_settings(method="apollo-mini") == named
+    assert GaLoreConfig().with_settings(method="apollo-mini") == mini
+    assert mini.with_settings(method=None) == GaLoreConfig()
+    assert GaLoreConfig.from_galore_torch({"rank": 4}).scale == 1.0
+
+
+def test_seeds_are_kept_of_random_bases_only() -> None:
+    assert GaLoreConfig(method="apollo").basis_storage == "seed"
+    assert GaLoreConfig(method="apollo", subspace="random_orthonormal").basis_storage == "seed"
+    with_svd = GaLoreConfig(method="apollo", subspace="svd")
+    assert (with_svd.basis_storage, with_svd.lift) == ("param", "channel_scale")
+    assert with_svd.with_settings(subspace="gaussian") == GaLoreConfig(method="apollo", subspace="gaussian")
 
 
 def test_int8_weights_are_rounded_at_random_unless_it_is_said() -> None:

@@ -12,26 +12,49 @@ SubspaceName = Literal[
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["fixed", "energy", "noise_edge"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
-LiftName = Literal["project_back"]
-BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
+LiftName = Literal["auto", "project_back", "channel_scale", "tensor_scale", "scaled_residual"]
+BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4", "seed"]
 WeightStorage = Literal["auto", "param", "int8"]
 MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
 BasisPlacement = Literal["replicate", "shard"]
 Mode = Literal["step", "project", "layerwise"]
-Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore"]
+Method = Literal[
+    "galore",
+    "galore2",
+    "galore-track",
+    "galore-8bit",
+    "q-galore",
+    "apollo",
+    "apollo-mini",
+    "q-apollo",
+    "fira",
+]
 
 #: What an axis is where neither the user nor a method says anything.
 AUTO: dict[str, Any] = {
+    "rank": 128,
+    "scale": 0.25,
     "subspace": "randomized",
     "schedule": "fixed",
     "stagger": True,
     "moments": "rotate_first",
     "update_proj_gap": 200,
+    "lift": "project_back",
     "basis_storage": "param",
     "weight_storage": "param",
     "moment_storage": "base",
     "stochastic_round": False,
+}
+# arXiv 2412.05270: random projections that nobody keeps, and the full gradient scaled by what a step in them does.
+_APOLLO: dict[str, Any] = {
+    "scale": 1.0,
+    "subspace": "gaussian",
+    "schedule": "fixed",
+    "stagger": False,
+    "moments": "keep",
+    "lift": "channel_scale",
+    "basis_storage": "seed",
 }
 #: A named method is nothing but a row of choices; it fills the axes that the user left open.
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,7 +87,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "moment_storage": "8bit",
         "stochastic_round": True,
     },
+    "apollo": _APOLLO,
+    "apollo-mini": {**_APOLLO, "rank": 1, "scale": 128**0.5, "lift": "tensor_scale"},
+    "q-apollo": {**_APOLLO, "weight_storage": "int8", "stochastic_round": True},
+    # arXiv 2410.01623
+    "fira": {"subspace": "svd", "schedule": "fixed", "stagger": False, "moments": "keep", "lift": "scaled_residual"},
 }
+#: The subspaces whose bases can be drawn again from a number.
+DRAWN = ("gaussian", "random_orthonormal")
 #: How an axis is written that is left open.
 OPEN = ("auto", None)
 

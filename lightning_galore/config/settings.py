@@ -17,6 +17,7 @@ from lightning_galore.config.checks import (
 )
 from lightning_galore.config.presets import (
     AUTO,
+    DRAWN,
     GROUP_KEYS,
     METHODS,
     OPEN,
@@ -43,10 +44,11 @@ class GaLoreConfig:
 
     Args:
         rank: Width ``r`` of the gradient subspace, or as a fraction in (0, 1) of the weight's short side. A weight
-            with ``min(m, n) <= rank`` would save nothing and stays full-rank.
+            with ``min(m, n) <= rank`` would save nothing and stays full-rank. None is what ``method`` says, else 128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace (``T`` in the paper). None is
             what ``method`` says, else 200.
-        scale: Factor on the projected-back update (``alpha`` in the paper).
+        scale: Factor on the projected-back update, or on the scaled gradient (``alpha`` in the papers). None is what
+            ``method`` says, else 0.25.
         proj_type: Which side is projected. ``std``: the shorter dimension; ``reverse_std``: the longer one; ``left``:
             rows; ``right``: columns; ``full``: both (the low-rank gradient is ``r x r``).
         mode: When gradients are projected and weights move. ``step``: both in ``optimizer.step``. ``project``:
@@ -58,7 +60,9 @@ class GaLoreConfig:
         ignore_modules: Modules to leave out, written like a list for ``target_modules``.
         method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized), ``galore-track``
             (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
-            moments) or ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap). Settings you name win.
+            moments), ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap), ``apollo`` and
+            ``apollo-mini`` (the full gradient, scaled by channel or as a whole), ``q-apollo`` (``apollo`` with int8
+            weights) or ``fira`` (``galore`` and the scaled residual). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
@@ -91,9 +95,13 @@ class GaLoreConfig:
         state_budget: Most bytes that bases and moments of all projected weights may take together under an adaptive
             rank; ranks are capped so that it holds at every step. None is no cap.
         tracking_rho: Weight of the first moment in what ``subspace="track"`` follows; the gradient has the rest.
-        lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``.
-        basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, or as
-            ``int8`` or ``int4`` codes, read back orthonormal. ``auto`` is what ``method`` says, else ``param``.
+        lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``;
+            ``channel_scale`` and ``tensor_scale``: the full gradient, scaled as the low-rank step scales the low-rank
+            gradient; ``scaled_residual``: ``project_back``, and what the basis leaves out of the gradient scaled so.
+            ``auto`` is what ``method`` says, else ``project_back``.
+        basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, as ``int8``
+            or ``int4`` codes, read back orthonormal, or, of random ones, as the ``seed`` from which it is drawn again
+            whenever it is read. ``auto`` is what ``method`` says, else ``param``.
         basis_placement: With weights that are sharded over processes (FSDP2): ``replicate`` keeps a basis on each of
             them, ``shard`` a part of it, and gathers it at each step. (Of a basis that acts on the sharded dimension
             each keeps its own rows in either case.) Without effect where weights are whole.
@@ -125,9 +133,9 @@ class GaLoreConfig:
         'svd'
     """
 
-    rank: int | float = 128
+    rank: int | float | None = None
     update_proj_gap: int | None = None
-    scale: float = 0.25
+    scale: float | None = None
     proj_type: ProjType = "std"
     mode: Mode = "step"
     target_modules: str | type | Sequence[str | type] = "all-linear"
@@ -150,7 +158,7 @@ class GaLoreConfig:
     rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
     state_budget: int | None = None
     tracking_rho: float = 0.7
-    lift: LiftName = "project_back"
+    lift: LiftName = "auto"
     basis_storage: BasisStorage = "auto"
     basis_placement: BasisPlacement = "replicate"
     weight_storage: WeightStorage = "auto"
@@ -191,6 +199,9 @@ class GaLoreConfig:
             choices["moments"] = "keep"  # there is no change of coordinates between bases that are not orthonormal
         if self.weight_storage == "int8":
             choices["stochastic_round"] = True
+        subspace = choices["subspace"] if self.subspace in OPEN else self.subspace
+        if choices["basis_storage"] == "seed" and subspace not in DRAWN:  # APOLLO with an SVD, for example
+            choices["basis_storage"] = "param"
         opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
         for axis, choice in opened.items():
             object.__setattr__(self, axis, choice)
@@ -205,6 +216,12 @@ class GaLoreConfig:
         """``update_proj_gap``, which is a number once the configuration is made."""
         assert self.update_proj_gap is not None
         return self.update_proj_gap
+
+    @property
+    def factor(self) -> float:
+        """``scale``, which is a number once the configuration is made."""
+        assert self.scale is not None
+        return self.scale
 
     @property
     def adaptive_rank(self) -> bool:
@@ -226,6 +243,7 @@ class GaLoreConfig:
         """
         rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
         rank = rank if named is None else named
+        assert rank is not None  # once the configuration is made
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
 
     @property
@@ -287,7 +305,7 @@ class GaLoreConfig:
         return dataclasses.replace(self, **{**opened, **settings})
 
 
-_NONE_IS_OPEN = ("update_proj_gap", "stagger", "stochastic_round")
+_NONE_IS_OPEN = ("rank", "scale", "update_proj_gap", "stagger", "stochastic_round")
 _CHOICES: dict[str, Any] = {
     "proj_type": ProjType,
     "mode": Mode,

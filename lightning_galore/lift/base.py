@@ -22,7 +22,9 @@ class Update:
             minus the learning rate.
         low_grad: The gradient that it saw, of the same shape.
         grad: The full gradient ``(m, n)``, with what error feedback adds; None unless the lift needs it.
-        lr: The learning rate of the weight's group.
+        lr: The learning rate of the weight's group; 1.0 where the wrapped optimizer finds its own.
+        shape_factor: What corrects a learning rate that the wrapped optimizer adjusts to the shape of the proxy; it is
+            in ``scale`` too.
         ascends: Whether the group maximizes, so that the weight goes along the gradient.
         entries: What the lift keeps for this weight from step to step, by name; it may change and add entries.
     """
@@ -30,7 +32,8 @@ class Update:
     low_update: Tensor
     low_grad: Tensor
     grad: Tensor | None = None
-    lr: float | Tensor = 0.0
+    lr: float | Tensor = 1.0
+    shape_factor: float = 1.0
     ascends: bool = False
     entries: dict[str, Tensor] = field(default_factory=dict)
 
@@ -43,6 +46,12 @@ class Lift(ABC):
 
     #: Whether :attr:`Update.grad` is wanted. Then mode "project", which frees it at once, is refused.
     needs_grad: ClassVar[bool] = False
+    #: Whether ``bases`` are wanted; if not they are not read for it, and it gets none.
+    needs_bases: ClassVar[bool] = True
+    #: Whether ``P P^T`` must be a projection, which it is for orthonormal bases only.
+    needs_orthonormal: ClassVar[bool] = False
+    #: Whether it compares channel by channel, which side "full" has none of.
+    per_channel: ClassVar[bool] = False
     #: Whether :meth:`left_over` ever gives something.
     leaves_over: ClassVar[bool] = False
 
@@ -64,5 +73,5 @@ class Lift(ABC):
         return None
 
     def kept_shapes(self, projection: Projection) -> dict[str, tuple[int, ...]]:
-        """Shapes of the entries that it keeps for a weight; scalars are fp32, others have the weight's dtype."""
+        """Shapes of the entries that it keeps for a weight; scalars are in fp32 at least, others have the weight's dtype."""
         return {}

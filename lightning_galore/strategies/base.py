@@ -60,9 +60,9 @@ class GaLoreStrategy(BackwardModes):
     as ``strategy="galore"`` when ``lightning_galore`` is imported.
 
     Args:
-        rank: Width of the gradient subspace, or as a fraction of a weight's short side.
+        rank: Width of the gradient subspace, or as a fraction of a weight's short side; None is the method's, else 128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace; None is the method's, else 200.
-        scale: Factor on the projected-back update.
+        scale: Factor on the projected-back update, or on the scaled gradient; None is the method's, else 0.25.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
         mode: When gradients are projected and weights move: step, project (frees full gradients in backward) or
             layerwise (moves the weights in backward too).
@@ -86,8 +86,9 @@ class GaLoreStrategy(BackwardModes):
         rank_pattern: Ranks of some modules, a mapping from substring or regular expression to rank.
         state_budget: Most bytes of bases and moments together under an adaptive rank.
         tracking_rho: Weight of the first moment in what subspace="track" follows.
-        lift: How the low-rank update becomes a weight update.
-        basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
+        lift: How the low-rank update becomes a weight update: project_back, channel_scale, tensor_scale (APOLLO) or
+            scaled_residual (Fira).
+        basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8, int4, or as the seed of a random one.
         basis_placement: Under FSDP2, whether each device keeps a basis whole (replicate) or a part of it (shard).
         weight_storage: How projected weights are kept: param or int8.
         moment_storage: "8bit" refuses an optimizer that keeps its moments in more bits; "base" takes what it does.
@@ -118,9 +119,9 @@ class GaLoreStrategy(BackwardModes):
 
     def __init__(
         self,
-        rank: int | float = 128,
+        rank: int | float | None = None,
         update_proj_gap: int | None = None,
-        scale: float = 0.25,
+        scale: float | None = None,
         proj_type: ProjType = "std",
         mode: Mode = "step",
         target_modules: str | type | Sequence[str | type] = "all-linear",
@@ -143,7 +144,7 @@ class GaLoreStrategy(BackwardModes):
         rank_pattern: dict[str, int | float] | None = None,
         state_budget: int | None = None,
         tracking_rho: float = 0.7,
-        lift: LiftName = "project_back",
+        lift: LiftName = "auto",
         basis_storage: BasisStorage = "auto",
         basis_placement: BasisPlacement = "replicate",
         weight_storage: WeightStorage = "auto",

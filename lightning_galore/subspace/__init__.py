@@ -13,7 +13,7 @@ from lightning_galore.subspace.base import (
 )
 from lightning_galore.subspace.columns import Columns
 from lightning_galore.subspace.power import Power
-from lightning_galore.subspace.random import Gaussian, RandomOrthonormal
+from lightning_galore.subspace.random import Gaussian, RandomOrthonormal, draw
 from lightning_galore.subspace.randomized import Randomized
 from lightning_galore.subspace.svd import SVD, Gram
 from lightning_galore.subspace.track import Track
@@ -37,6 +37,7 @@ __all__ = [
     "Projection",
     "Side",
     "Subspace",
+    "draw",
     "resolve_side",
     "seeded_generator",
 ]
