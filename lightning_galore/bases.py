@@ -133,7 +133,7 @@ class DrawnBases(StoredBases):
             return tuple(linalg.identity_basis(*shape, like=like) for shape in self.shapes)
         generator = torch.Generator(self.device).manual_seed(self.number)
         drawn = draw(self.shapes, generator=generator, dtype=dtype, orthonormal=self.orthonormal)
-        return tuple(basis.to(dtype) for basis in drawn)
+        return tuple(basis.to(dtype).contiguous() for basis in drawn)  # as those are that are kept
 
 
 @cache

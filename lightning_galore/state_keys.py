@@ -283,13 +283,15 @@ def _check_geometry(saved: Mapping[str, Any], target: Target, *, adaptive: bool)
     side = names.get(saved.get(SIDE, -1), "unknown")
     rank = _saved_rank(saved)
     fits = projection.with_rank(min(rank, projection.rank) if adaptive else projection.rank)
-    keys = [key for key in basis_keys(projection) if key in saved]
-    shapes = tuple(
-        # Codes have the shape that their rank says, if there are as many as that takes.
-        shape
-        if isinstance(saved[key], int) or storage.holds(saved[key], saved.get(key + ABSMAX), shape)
-        else tuple(saved[key].shape)
-        for key, shape in zip(keys, projection.with_rank(rank).basis_shapes, strict=False)
+    keys = [key for key in basis_keys(projection) if isinstance(saved.get(key), Tensor)]
+    shapes = (
+        projection.with_rank(rank).basis_shapes
+        if isinstance(saved[BASIS], int)
+        else tuple(
+            # Codes have the shape that their rank says, if there are as many as that takes.
+            shape if storage.holds(saved[key], saved.get(key + ABSMAX), shape) else tuple(saved[key].shape)
+            for key, shape in zip(keys, projection.with_rank(rank).basis_shapes, strict=False)
+        )
     )
     if side == projection.side and shapes == fits.basis_shapes:
         return

@@ -90,6 +90,15 @@ VARIANTS: dict[str, Variant] = {
     "track-1": _galore("tracked basis, every step", method="galore-track", update_proj_gap=1),
     "track-5": _galore("tracked basis, every 5 steps", method="galore-track", update_proj_gap=5),
     "track-10": _galore("tracked basis, every 10 steps", method="galore-track", update_proj_gap=10),
+    "apollo": _galore("full gradient, scaled by channel in a random subspace", method="apollo"),
+    "apollo-reset": _galore("the same, moments begin anew", method="apollo", moments="reset"),
+    "apollo-svd": _galore("the same, moments kept, exact SVD", method="apollo", subspace="svd"),
+    "apollo-mini": _galore("full gradient, scaled as a whole, rank 1", method="apollo-mini", rank=1, scale=128**0.5),
+    "apollo-mini-reset": _galore(
+        "the same, moments begin anew", method="apollo-mini", rank=1, scale=128**0.5, moments="reset"
+    ),
+    "q-apollo": _galore("scaled by channel, int8 weights", method="q-apollo"),
+    "fira": _galore("exact SVD, moments kept, and the scaled residual", method="fira"),
 }
 
 

@@ -73,5 +73,5 @@ class Lift(ABC):
         return None
 
     def kept_shapes(self, projection: Projection) -> dict[str, tuple[int, ...]]:
-        """Shapes of the entries that it keeps for a weight; scalars are in fp32 at least, others have the weight's dtype."""
+        """Shapes of the entries that it keeps for a weight: scalars in fp32 at least, others in the weight's dtype."""
         return {}

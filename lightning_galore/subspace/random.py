@@ -27,7 +27,10 @@ def draw(
     """
     like = torch.empty((), dtype=dtype, device=generator.device)
     draws = [linalg.gaussian(d, r, like=like, generator=generator) for d, r in shapes]
-    return tuple(linalg.orthonormalize(one) if orthonormal else one / one.shape[1] ** 0.5 for one in draws)
+    if not orthonormal:
+        return tuple(one / one.shape[1] ** 0.5 for one in draws)
+    # With signs that are fixed already, so that they are the same however the basis comes to be read.
+    return tuple(linalg.fix_signs(linalg.orthonormalize(one)) for one in draws)
 
 
 class Gaussian(Subspace):
