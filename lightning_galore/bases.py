@@ -133,6 +133,8 @@ class DrawnBases(StoredBases):
             return tuple(linalg.identity_basis(*shape, like=like) for shape in self.shapes)
         generator = torch.Generator(self.device).manual_seed(self.number)
         drawn = draw(self.shapes, generator=generator, dtype=dtype, orthonormal=self.orthonormal)
+        if self.orthonormal:  # signs are arbitrary: those of ``fix_signs``, whatever it is
+            drawn = tuple(map(linalg.fix_signs, drawn))
         return tuple(basis.to(dtype).contiguous() for basis in drawn)  # as those are that are kept
 
 

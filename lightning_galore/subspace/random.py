@@ -23,14 +23,11 @@ def draw(
         shapes: Of the bases, which are drawn one after the other.
         generator: Source of the numbers.
         dtype: That of the gradients; they are drawn and orthonormalised in its decomposition dtype.
-        orthonormal: Whether the columns shall be so; else their entries are from ``N(0, 1/r)``.
+        orthonormal: Whether the columns shall be so, with any signs; else their entries are from ``N(0, 1/r)``.
     """
     like = torch.empty((), dtype=dtype, device=generator.device)
     draws = [linalg.gaussian(d, r, like=like, generator=generator) for d, r in shapes]
-    if not orthonormal:
-        return tuple(one / one.shape[1] ** 0.5 for one in draws)
-    # With signs that are fixed already, so that they are the same however the basis comes to be read.
-    return tuple(linalg.fix_signs(linalg.orthonormalize(one)) for one in draws)
+    return tuple(linalg.orthonormalize(one) if orthonormal else one / one.shape[1] ** 0.5 for one in draws)
 
 
 class Gaussian(Subspace):
