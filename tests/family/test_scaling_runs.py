@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_galore import GaLoreOptimizer
 from lightning_galore.storage import Int8Tensor
 from tests.helpers import TinyTransformer, language_loss, max_difference, same_bits, train
+from tests.modes.common import counters, run
 
 from .common import one_weight, steps
 
@@ -185,3 +186,15 @@ def test_a_step_that_raises_changes_nothing(method: str) -> None:
         new = optimizer.state[weight]
         assert new["galore_step"] == old["galore_step"] == 3
         assert torch.equal(new["galore_lift_norm"], old["galore_lift_norm"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_under_the_trainer_modes_give_the_same_bits(method: str) -> None:
+    settings = {"method": method, "rank": 1 if method == "apollo-mini" else 3}
+    runs = [run(mode, settings=settings, max_epochs=2) for mode in ("step", "layerwise")]
+    assert [trainer.global_step for _, trainer in runs] == [12, 12]
+    assert runs[0][0].losses == runs[1][0].losses
+    assert same_bits(*(weights(model) for model, _ in runs))
+    states = [counters(model, trainer.optimizers) for model, trainer in runs]
+    assert states[0] == states[1]
+    assert {state["galore_refreshes"] for state in states[0].values()} == {3}
