@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_galore import GaLoreOptimizer, linalg
 from lightning_galore.lift import LIFTS, Update
 from lightning_galore.subspace import Projection
-from tests.helpers import Matrices
+from tests.helpers import Matrices, same_bits
 
 from .common import SHAPES, one_weight, steps
 
@@ -79,6 +79,17 @@ def test_the_residual_has_no_part_in_the_subspace(side: Any, shape: tuple[int, i
     assert float(residual.norm()) > 0.1  # PO-3: there is one, at a rank below min(m, n)
     # And it does not depend on scale.
     torch.testing.assert_close(residual, moved("scaled_residual", parts(shape, side, 3), scale=1e-30))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradient_and_update_stay_as_they_are(kind: str, dtype: torch.dtype) -> None:
+    """GL-8: nobody uses the gradient as memory."""
+    projection, bases, update = parts((9, 12), "left", 3, dtype=dtype)
+    seen = [update.grad, update.low_grad, update.low_update, *bases]
+    before = [one.clone() for one in seen]
+    LIFTS[kind]().apply_(torch.zeros(9, 12, dtype=dtype), update, projection, bases, scale=1.0, shrink=0.9)
+    assert same_bits(seen, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
