@@ -23,7 +23,7 @@ from benchmarks.timing import Plan, Spread, side_by_side, times_faster
 from benchmarks.weights import SEED, WeightSet
 from lightning_galore import GaLoreOptimizer
 from lightning_galore.bases import StoredBases
-from lightning_galore.state_keys import LIFT, TRANSFORM, is_ours
+from lightning_galore.state_keys import BASIS, LIFT, TRANSFORM, is_ours
 from lightning_galore.storage import CODECS, nbytes
 
 MODES = ("step", "project", "layerwise")
@@ -140,7 +140,8 @@ def step_and_count(optimizer: GaLoreOptimizer) -> dict[str, int]:
     shared = {id(value): value for key, value in items if key.startswith("qmap")}
     return {
         "weights": nbytes(params),
-        "bases": nbytes([value for key, value in items if is_ours(key) and not key.startswith((LIFT, TRANSFORM))]),
+        "bases": nbytes([value for key, value in items if is_ours(key) and not key.startswith((LIFT, TRANSFORM))])
+        + sum(8 for key, value in items if key == BASIS and isinstance(value, int)),
         "moments": nbytes([value for key, value in items if not is_ours(key) and id(value) not in shared] + [shared]),
         "gradients": gradients,
         "lifts": nbytes([value for key, value in items if key.startswith(LIFT)]),

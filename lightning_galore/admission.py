@@ -39,7 +39,7 @@ def check(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfi
     """
     base_rules.check_base(base)
     shards = shards_of(base, targets, config)
-    _check_lift(config, sharded=shards is not None)
+    check_lift(config, targets, sharded=shards is not None)
     if shards is not None and config.transform != "none":
         raise ValueError(
             f"transform={config.transform!r} with sharded weights (FSDP2): it looks at whole gradients. Use "
@@ -84,8 +84,28 @@ def shrink_state(base: Optimizer, param: Tensor, target: Target) -> None:
     base.state[param] = sharded_state.placed(base.state[param], param, target)
 
 
-def _check_lift(config: GaLoreConfig, *, sharded: bool) -> None:
+def check_lift(config: GaLoreConfig, targets: Mapping[Tensor, Target], *, sharded: bool) -> None:
+    """Refuse a lift where it has not what it needs.
+
+    Args:
+        config: Names the lift, the mode and the subspace.
+        targets: The projected weights.
+        sharded: Whether each process holds a part of them.
+
+    Raises:
+        ValueError: With what to use instead.
+    """
     lift = LIFTS[config.lift]
+    if lift.needs_orthonormal and not SUBSPACES[config.subspace].orthonormal:
+        raise ValueError(
+            f"lift={config.lift!r} with subspace={config.subspace!r}: what a basis leaves out of a gradient is known "
+            "for orthonormal bases only. Use subspace='random_orthonormal' or another one."
+        )
+    if lift.per_channel and any(target.projection.side == "full" for target in targets.values()):
+        raise ValueError(
+            f"lift={config.lift!r} with proj_type='full': it compares channels, and a gradient that is projected on "
+            "both sides has none left. Use proj_type='std', or lift='tensor_scale'."
+        )
     if lift.needs_grad and config.mode == "project":
         raise ValueError(
             f"lift={config.lift!r} with mode='project': it needs the full gradient, which that mode frees in backward. "

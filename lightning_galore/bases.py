@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lightning_galore import linalg, storage
+from lightning_galore.subspace import draw
 
 #: What takes the place of a storage whose codes cannot hold a basis: see :meth:`StoredBases.write`.
 _NEXT = {"int4": "int8", "int8": "fp32"}
+#: Bytes of :class:`DrawnBases`: one number.
+DRAWN_BYTES = 8
+#: The number that stands for unit vectors, which no generator is seeded with.
+UNIT = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +90,67 @@ class StoredBases:
             return part.read(dtype)
         basis = part.read(torch.promote_types(dtype, torch.float32))
         return (linalg.nearest_orthonormal(basis) if self.orthonormal else basis).to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnBases(StoredBases):
+    """Random bases of which only the number is kept that they are drawn from, anew whenever they are read.
+
+    So APOLLO's claim of next to no memory holds (arXiv 2412.05270, section 4). They are drawn on the device of the
+    gradient, and another kind of device draws others: see :func:`source_of`.
+
+    Args:
+        number: Seed of the generator, or ``UNIT``.
+        shapes: Of the bases.
+        device: Where they are drawn. None where they are not read.
+    """
+
+    parts: tuple[storage.Stored, ...] = ()
+    number: int
+    shapes: tuple[tuple[int, int], ...]
+    device: torch.device | None = None
+
+    @property
+    @override
+    def is_coded(self) -> bool:
+        return True
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return DRAWN_BYTES
+
+    @property
+    @override
+    def rank(self) -> int:
+        return self.shapes[0][1]
+
+    @override
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        assert self.device is not None
+        if self.number == UNIT:
+            like = torch.empty((), dtype=dtype, device=self.device)
+            return tuple(linalg.identity_basis(*shape, like=like) for shape in self.shapes)
+        generator = torch.Generator(self.device).manual_seed(self.number)
+        drawn = draw(self.shapes, generator=generator, dtype=dtype, orthonormal=self.orthonormal)
+        if self.orthonormal:  # signs are arbitrary: those of ``fix_signs``, whatever it is
+            drawn = tuple(map(linalg.fix_signs, drawn))
+        return tuple(basis.to(dtype).contiguous() for basis in drawn)  # as those are that are kept
+
+
+@cache
+def source_of(device: torch.device, *, orthonormal: bool) -> int:
+    """A number for what makes bases of numbers on a device: where another one stands, a seed means other bases.
+
+    CPUs and GPUs have different generators, and how a GPU divides a large draw among its threads, and hence which
+    numbers come where, depends on how many it has.
+
+    Args:
+        device: Where bases are drawn.
+        orthonormal: Whether their columns are made so.
+    """
+    kind = f"{device.type}/{orthonormal}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        kind += f"/{properties.multi_processor_count}/{properties.max_threads_per_multi_processor}"
+    return int.from_bytes(hashlib.blake2b(kind.encode(), digest_size=4).digest(), "big")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_galore.bases import StoredBases
+from lightning_galore.bases import DrawnBases, StoredBases
 from lightning_galore.sharding import Sharding
 from lightning_galore.subspace import Projection
 
@@ -38,7 +38,9 @@ class Coordinates:
 
     @property
     def gathers(self) -> bool:
-        """Whether reading the bases makes more of them than is kept, from what other processes keep."""
+        """Whether reading the bases makes much more of them than is kept: from what others keep, or from a number."""
+        if isinstance(self.stored, DrawnBases):
+            return True
         return self._sharding is not None and self._sharding.gathers(self.stored, self.projection.side)
 
     def let_go(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_galore import base_probe, dtensors, state_keys, storage
+from lightning_galore.bases import DRAWN_BYTES
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS
 from lightning_galore.sharding import Sharding
@@ -44,6 +45,11 @@ class Footprint:
     gradients: int
     lifts: int = 0
     transforms: int = 0
+
+    @property
+    def states(self) -> int:
+        """Moments, and what else is kept of each weight from step to step, but its basis."""
+        return self.moments + self.lifts + self.transforms
 
     @property
     def total(self) -> int:
@@ -197,6 +203,8 @@ def _probed(
 
 def _basis_bytes(projection: Projection, param: Tensor, config: GaLoreConfig, index: int | None = None) -> int:
     kept, shapes, sharding = config.basis_storage, projection.basis_shapes, Sharding.of(param)
+    if kept == "seed":
+        return DRAWN_BYTES
     if sharding is not None and kept not in storage.CODECS:
         shapes = sharding.basis_part_shapes(projection, divide=config.basis_placement == "shard", index=index)
     return sum(storage.stored_bytes(shape, storage=kept, param_dtype=param.dtype) for shape in shapes)

@@ -142,6 +142,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         except NoTargetsError:  # a copy has no model to ask, and no group names a rank
             self._know_params()
             return
+        admission.check_lift(self.config, targets, sharded=self.hooks.norms.shards is not None)
         if self.config.weight_storage == "int8" and model is not None:
             # Before they are hooked, and before anything of them is in use.
             weights.quantize(model, [param for param in targets if param not in self.targets])

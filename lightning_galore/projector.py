@@ -9,11 +9,13 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_galore import base_rules, linalg, memory, schedule
 from lightning_galore.agreement import Agreement
+from lightning_galore.bases import source_of
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.coordinates import Coordinates
 from lightning_galore.distributed import Team
@@ -115,8 +117,33 @@ class Projector:
             self.agreement.forget()
 
     def join(self, team: Team) -> None:
-        """Refresh together with other processes from now on."""
+        """Refresh together with other processes from now on.
+
+        Raises:
+            ValueError: If they would draw different bases from the same number.
+        """
+        if self.config.basis_storage == "seed":
+            self._check_same_source(team)
         self.agreement = Agreement(team, self.refresher)
+
+    def _check_same_source(self, team: Team) -> None:
+        orthonormal = self.refresher.subspace.orthonormal
+        if orthonormal and team.size > 1:
+            raise ValueError(
+                f"basis_storage='seed' with subspace={self.config.subspace!r} on {team.size} processes: each would "
+                "make its bases orthonormal by itself, and the bits of that depend on its number of threads. Use "
+                "subspace='gaussian', or basis_storage='param'."
+            )
+        devices = sorted({param.device for param in self._targets}, key=str)
+        sources = {
+            str(place): torch.tensor(source_of(device, orthonormal=orthonormal), device=device)
+            for place, device in enumerate(devices)
+        }
+        if sources and team.differing(sources):
+            raise ValueError(
+                "basis_storage='seed' on processes with different kinds of devices, which draw different bases from "
+                "the same number. Use devices of one kind, or basis_storage='param'."
+            )
 
     def divide(self, due: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """Say which weights :meth:`prepare` will refresh next, so that processes share the work.
@@ -141,10 +168,11 @@ class Projector:
 
     def state_of(self, param: Tensor) -> WeightState:
         """The state of a projected weight, to read; before its first step it is empty."""
-        return self._read(self._base.state.get(param) or {}, self._targets[param])
+        return self._read(self._base.state.get(param) or {}, self._targets[param], param.device)
 
-    def _read(self, state: dict[str, Any], target: Target) -> WeightState:
-        return WeightState(state, target.projection, orthonormal=self.refresher.subspace.orthonormal)
+    def _read(self, state: dict[str, Any], target: Target, device: torch.device) -> WeightState:
+        orthonormal = self.refresher.subspace.orthonormal
+        return WeightState(state, target.projection, orthonormal=orthonormal, device=device)
 
     def record_of(self, param: Tensor, group: Mapping[str, Any]) -> RefreshRecord:
         """What the schedule knows of a projected weight.
@@ -160,7 +188,8 @@ class Projector:
         """Whether the weight's next step refreshes its basis."""
         if self.forced is not None:
             return param in self.forced
-        return self.schedule.due(self.state_of(param).step, self.record_of(param, group))
+        state = self.state_of(param)
+        return state.drawn_elsewhere or self.schedule.due(state.step, self.record_of(param, group))
 
     def waits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the weight's next step wants the whole window's gradient: for a basis, its energy, or the lift."""
@@ -267,7 +296,7 @@ class Projector:
 
     def commit(self, param: Tensor, low_grad: LowGrad, group: Mapping[str, Any]) -> None:
         """Write into the state what the weight's step has shown: it is taken now."""
-        state = self._read(self._base.state[param], low_grad.target)
+        state = self._read(self._base.state[param], low_grad.target, param.device)
         refresh = low_grad.refresh
         if refresh is None and low_grad.energy is None:  # an ordinary step shows nothing
             state.count_step()

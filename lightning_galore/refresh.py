@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_galore import linalg
-from lightning_galore.bases import StoredBases
+from lightning_galore.bases import UNIT, DrawnBases, StoredBases
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.moments import Change, first_moment
 from lightning_galore.rank import RANK_RULES, StateBudget
@@ -135,7 +135,10 @@ class Refresher:
             finite = bool(torch.isfinite(torch.linalg.vector_norm(grad, torch.inf)))
             refresh = Refresh(bases=self._unit(grad, target, state), found=False, finite=finite)
         else:
-            refresh = self._compared(self._narrowed(found, grad, target, widest.rank), grad, target, state)
+            bases = self._store(
+                self._narrowed(found, grad, target, widest.rank).bases, grad, number=generator.initial_seed()
+            )
+            refresh = self._compared(bases, found.spectrum, grad, target, state)
         self.seconds += time.perf_counter() - begin
         return refresh
 
@@ -170,7 +173,7 @@ class Refresher:
             # An adaptive rank may be capped from the first step on.
             rank = self._chosen[target] = min(rank, self._cap(target))
         shapes = target.projection.with_rank(rank).basis_shapes
-        return self._store([linalg.identity_basis(d, r, like=grad) for d, r in shapes], grad)
+        return self._store([linalg.identity_basis(d, r, like=grad) for d, r in shapes], grad, number=UNIT)
 
     def _narrowed(self, found: Found, grad: Tensor, target: Target, widest: int) -> Found:
         """The first vectors only, as many as the rank rule asks for."""
@@ -189,9 +192,10 @@ class Refresher:
             return target.projection.rank
         return self.budget.cap(target, {**self._ranks(), **self._chosen})
 
-    def _compared(self, found: Found, grad: Tensor, target: Target, state: WeightState) -> Refresh:
-        bases = self._store(found.bases, grad)
-        spectrum = () if found.spectrum is None else tuple(found.spectrum[:REPORTED].tolist())
+    def _compared(
+        self, bases: StoredBases, values: Tensor | None, grad: Tensor, target: Target, state: WeightState
+    ) -> Refresh:
+        spectrum = () if values is None else tuple(values[:REPORTED].tolist())
         if not state.has_bases:
             return Refresh(bases=bases, found=True, spectrum=spectrum)
         # As they are read again, so that the moments follow what the next steps will project with.
@@ -205,7 +209,17 @@ class Refresher:
             cosine = min(1.0, sum(abs(float(turn[0, 0])) for turn in turns) / len(turns))
         return Refresh(bases=bases, found=True, change=change, overlap=overlap, cosine=cosine, spectrum=spectrum)
 
-    def _store(self, bases: Sequence[Tensor], grad: Tensor) -> StoredBases:
+    def _store(self, bases: Sequence[Tensor], grad: Tensor, *, number: int) -> StoredBases:
+        """Bases as they are kept.
+
+        Args:
+            bases: As they were found.
+            grad: What they were found from.
+            number: What random ones were drawn from.
+        """
+        if self.config.basis_storage == "seed":
+            shapes = tuple((basis.shape[0], basis.shape[1]) for basis in bases)
+            return DrawnBases(number=number, shapes=shapes, device=grad.device, orthonormal=self.subspace.orthonormal)
         return StoredBases.write(
             bases,
             kept=self.config.basis_storage,

@@ -58,7 +58,8 @@ def placed(
     if target is not None and sharding is not None and state_keys.BASIS in saved:
         state = state_keys.WeightState(placed, target.projection)
         low_shape = state.projection.low_shape
-        if not any(dtensors.is_sharded(part.codes) for part in state.bases.parts):
+        drawn = isinstance(saved[state_keys.BASIS], int)  # a number, which is the same on all
+        if not drawn and not any(dtensors.is_sharded(part.codes) for part in state.bases.parts):
             state.write_bases(sharding.at_rest(state.bases, target.projection.side, divide=divide_bases))
     elif target is not None:
         low_shape = target.projection.low_shape

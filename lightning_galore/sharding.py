@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_galore import dtensors
-from lightning_galore.bases import StoredBases
+from lightning_galore.bases import DrawnBases, StoredBases
 from lightning_galore.config import ProjType
 from lightning_galore.distributed import Team
 from lightning_galore.linalg import norm_sq
@@ -211,6 +211,8 @@ class Sharding:
 
     def gathers(self, bases: StoredBases, side: Side) -> bool:
         """Whether :meth:`own_bases` has to gather one."""
+        if isinstance(bases, DrawnBases):
+            return False
         pairs = zip(bases.parts, _acts_on(side), strict=True)
         return any(acts_on != self.dim and dtensors.is_sharded(part.codes) for part, acts_on in pairs)
 
@@ -225,6 +227,8 @@ class Sharding:
             side: Which sides they project.
             divide: ``basis_placement="shard"``.
         """
+        if isinstance(bases, DrawnBases):  # a number, which all keep
+            return bases
         parts = []
         for part, acts_on in zip(bases.parts, _acts_on(side), strict=True):
             if not part.is_coded and self.dim is not None and (divide or acts_on == self.dim):

@@ -12,18 +12,20 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_galore import dtensors, storage
-from lightning_galore.bases import StoredBases
+from lightning_galore.bases import UNIT, DrawnBases, StoredBases, source_of
 from lightning_galore.schedule import RefreshRecord
 from lightning_galore.subspace import SIDE_CODES, Projection
 from lightning_galore.targets import Target
 
 PREFIX = "galore_"
-BASIS = "galore_basis"  # (d, r), or codes for it; the left one for side "full"
+BASIS = "galore_basis"  # (d, r), or codes for it; the left one for side "full"; or the number that all are drawn from
 BASIS_RIGHT = "galore_basis_right"  # (n, r), or codes; only for side "full"
 ABSMAX = "_absmax"  # appended to either: the scales of codes
+SOURCE = "galore_source"  # what draws bases from a number: the kind of device, and whether they are orthonormal
 RANK = "galore_rank"  # width of the bases, of which codes do not tell
 SIDE = "galore_side"  # a number of SIDE_CODES
 STEP = "galore_step"  # updates of this weight done so far
@@ -87,12 +89,21 @@ class WeightState:
         state: ``optimizer.state[param]``.
         target: The weight's geometry as it was chosen, whose rank is the upper bound of an adaptive one.
         orthonormal: Whether bases are orthonormal when they are found.
+        device: Where bases are drawn that are kept as a number; without it they cannot be read.
     """
 
-    def __init__(self, state: dict[str, Any], target: Projection, *, orthonormal: bool = True) -> None:
+    def __init__(
+        self,
+        state: dict[str, Any],
+        target: Projection,
+        *,
+        orthonormal: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
         self._state = state
         self._target = target
         self._orthonormal = orthonormal
+        self._device = device
 
     @property
     def step(self) -> int:
@@ -142,6 +153,10 @@ class WeightState:
     def bases(self) -> StoredBases:
         """The bases as they are kept, of the shapes of :attr:`projection`."""
         keys, shapes = basis_keys(self._target), self.projection.basis_shapes
+        if isinstance(self._state[BASIS], int):
+            return DrawnBases(
+                number=self._state[BASIS], shapes=shapes, device=self._device, orthonormal=self._orthonormal
+            )
         parts = (
             storage.Stored(codes=self._state[key], absmax=self._state.get(key + ABSMAX), shape=shape)
             for key, shape in zip(keys, shapes, strict=True)
@@ -154,7 +169,15 @@ class WeightState:
         if not keys:
             return self
         whole = {key: dtensors.whole(self._state[key]) for key in keys}
-        return WeightState({**self._state, **whole}, self._target, orthonormal=self._orthonormal)
+        return WeightState({**self._state, **whole}, self._target, orthonormal=self._orthonormal, device=self._device)
+
+    @property
+    def drawn_elsewhere(self) -> bool:
+        """Whether bases are kept as a number of which other ones would be drawn here."""
+        number = self._state.get(BASIS)
+        if not isinstance(number, int) or number == UNIT or self._device is None:
+            return False
+        return bool(self._state.get(SOURCE) != source_of(self._device, orthonormal=self._orthonormal))
 
     @property
     def projection(self) -> Projection:
@@ -203,10 +226,16 @@ class WeightState:
         )
 
     def write_bases(self, bases: StoredBases) -> None:
-        """Write the tensors of bases."""
+        """Write the tensors of bases, or the number that they are drawn from."""
+        for key in [key for key in self._state if key.startswith(BASIS) or key == SOURCE]:
+            del self._state[key]
+        if isinstance(bases, DrawnBases):
+            assert bases.device is not None
+            source = source_of(bases.device, orthonormal=bases.orthonormal)
+            self._state.update({BASIS: bases.number, SOURCE: source})
+            return
         for key, part in zip(basis_keys(self._target), bases.parts, strict=True):
             self._state[key] = part.codes
-            self._state.pop(key + ABSMAX, None)
             if part.absmax is not None:
                 self._state[key + ABSMAX] = part.absmax
 
@@ -278,11 +307,15 @@ def _check_geometry(saved: Mapping[str, Any], target: Target, *, adaptive: bool)
     side = names.get(saved.get(SIDE, -1), "unknown")
     rank = _saved_rank(saved)
     fits = projection.with_rank(min(rank, projection.rank) if adaptive else projection.rank)
-    keys = [key for key in basis_keys(projection) if key in saved]
-    shapes = tuple(
-        # Codes have the shape that their rank says, if there are as many as that takes.
-        shape if storage.holds(saved[key], saved.get(key + ABSMAX), shape) else tuple(saved[key].shape)
-        for key, shape in zip(keys, projection.with_rank(rank).basis_shapes, strict=False)
+    keys = [key for key in basis_keys(projection) if isinstance(saved.get(key), Tensor)]
+    shapes = (
+        projection.with_rank(rank).basis_shapes
+        if isinstance(saved[BASIS], int)
+        else tuple(
+            # Codes have the shape that their rank says, if there are as many as that takes.
+            shape if storage.holds(saved[key], saved.get(key + ABSMAX), shape) else tuple(saved[key].shape)
+            for key, shape in zip(keys, projection.with_rank(rank).basis_shapes, strict=False)
+        )
     )
     if side == projection.side and shapes == fits.basis_shapes:
         return

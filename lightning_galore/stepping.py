@@ -67,7 +67,8 @@ class Stepper:
                 if grad is not None:
                     grad.add_(low_grad.coordinates.project(param.detach()), alpha=penalty)
         # Not of all weights until they have stepped; in mode "layerwise" this one steps next.
-        if low_grad.coordinates.gathers and self._config.mode != "layerwise":
+        late = low_grad.coordinates.gathers and self._config.mode != "layerwise"
+        if late or not self._projector.lift.needs_bases:
             low_grad.coordinates.let_go()
         return Swap(
             param=param,
@@ -213,8 +214,8 @@ class Stepper:
         state = self._projector.state_of(swap.param)
         step = state.step
         self._projector.commit(swap.param, low_grad, group)
-        scale = group.get("scale") or self._config.alpha
-        scale *= base_rules.lift_factor(group, projection.shape, projection.low_shape)
+        shape_factor = base_rules.lift_factor(group, projection.shape, projection.low_shape)
+        scale = (group.get("scale") or self._config.factor) * shape_factor
         self._remember(swap.param, swap.remembered)
         coordinates, lift = low_grad.coordinates, self._projector.lift
         seen, full = low_grad.grad if swap.plain is None else swap.plain, low_grad.full
@@ -225,13 +226,15 @@ class Stepper:
             low_update=coordinates.spread(swap.proxy.detach()),
             low_grad=coordinates.spread(seen) if lift.needs_grad else seen,
             grad=None if full is None else dtensors.local(full),
-            lr=group["lr"],
+            lr=1.0 if group.get("lr") is None else group["lr"],
+            shape_factor=shape_factor,
             turned=swap.turned,
             ascends=bool(group.get("maximize")),
             entries=state.lift_entries if lift.needs_grad else {},
         )
         with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
-            lift.apply_(weight, update, projection, coordinates.bases, scale=scale, shrink=self._shrink(group, 1.0))
+            bases = coordinates.bases if lift.needs_bases else ()
+            lift.apply_(weight, update, projection, bases, scale=scale, shrink=self._shrink(group, 1.0))
         if update.entries:
             self._projector.state_of(swap.param).keep_lift_entries(update.entries)
         coordinates.let_go()

@@ -101,6 +101,14 @@ from lightning_galore.subspace import SUBSPACES
             {"basis_storage": "int3"},
             r"basis_storage='int3' is not known; choose one of 'auto', 'param', 'fp32', 'bf16', 'fp16', 'int8', 'int4'",
         ),
+        *(
+            (
+                {"subspace": subspace, "basis_storage": "seed"},
+                rf"basis_storage='seed' with subspace='{subspace}', whose bases come from gradients: only those of "
+                r"'gaussian' and 'random_orthonormal' can be drawn again\. Use one of these, or basis_storage='param'",
+            )
+            for subspace in ("randomized", "svd", "track", "columns")
+        ),
         ({"target_modules": ""}, r"target_modules='' selects nothing; use \"all-linear\", a regular expression or a"),
         ({"target_modules": []}, r"target_modules=\[\] selects nothing"),
     ],
@@ -195,6 +203,8 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
     assert {axis: getattr(config, axis) for axis in wanted} == wanted
     assert config.subspace in SUBSPACES
     others: dict[str, Any] = {
+        "rank": 3,
+        "scale": 0.7,
         "subspace": "power",
         "schedule": "cos",
         "stagger": True,
@@ -202,7 +212,6 @@ def test_method_fills_the_axes_left_open(method: Any) -> None:
         "update_proj_gap": 7,
         "random_after": 5,
         "tracking_rho": 0.3,
-        "scale": 2.0,
         "lift": "whiten",
         "basis_storage": "fp16",
         "weight_storage": "int8",
@@ -223,6 +232,27 @@ def test_a_method_says_what_it_needs_to_be_told(axis: str) -> None:
     (method,) = [method for method, row in METHODS.items() if row.get(axis) == NEEDED]
     with pytest.raises(ValueError, match=f"method='{method}' with {axis}=None: .*{axis}=8000"):
         GaLoreConfig(method=method)  # type: ignore[arg-type]
+
+
+def test_rank_and_scale_are_the_methods_unless_they_are_named() -> None:
+    mini = GaLoreConfig(method="apollo-mini")
+    assert (mini.rank, mini.scale, mini.factor, mini.lift) == (1, 128**0.5, 128**0.5, "tensor_scale")
+    assert (GaLoreConfig(method="apollo").rank, GaLoreConfig(method="apollo").scale) == (128, 1.0)
+    assert (GaLoreConfig(method="fira").rank, GaLoreConfig(method="fira").scale) == (128, 0.25)
+    named = GaLoreConfig(method="apollo-mini", rank=4, scale=2.0)
+    assert (named.rank, named.scale) == (4, 2.0)
+    assert GaLoreConfig(rank=4, scale=2.0).with_settings(method="apollo-mini") == named
+    assert GaLoreConfig().with_settings(method="apollo-mini") == mini
+    assert mini.with_settings(method=None) == GaLoreConfig()
+    assert GaLoreConfig.from_galore_torch({"rank": 4}).scale == 1.0
+
+
+def test_seeds_are_kept_of_random_bases_only() -> None:
+    assert GaLoreConfig(method="apollo").basis_storage == "seed"
+    assert GaLoreConfig(method="apollo", subspace="random_orthonormal").basis_storage == "seed"
+    with_svd = GaLoreConfig(method="apollo", subspace="svd")
+    assert (with_svd.basis_storage, with_svd.lift) == ("param", "channel_scale")
+    assert with_svd.with_settings(subspace="gaussian") == GaLoreConfig(method="apollo", subspace="gaussian")
 
 
 def test_int8_weights_are_rounded_at_random_unless_it_is_said() -> None:

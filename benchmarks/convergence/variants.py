@@ -113,6 +113,15 @@ VARIANTS: dict[str, Variant] = {
     "frugal-svd": _galore("the same, singular vectors", method="frugal", subspace="svd"),
     "golore": _galore("GoLore, random bases after 320 steps", method="golore", random_after=320),
     "swan": _galore("whitened in the subspace, over SGD", method="swan", sgd=True),
+    "apollo": _galore("full gradient, scaled by channel in a random subspace", method="apollo"),
+    "apollo-reset": _galore("the same, moments begin anew", method="apollo", moments="reset"),
+    "apollo-svd": _galore("the same, moments kept, exact SVD", method="apollo", subspace="svd"),
+    "apollo-mini": _galore("full gradient, scaled as a whole, rank 1", method="apollo-mini", rank=1, scale=128**0.5),
+    "apollo-mini-reset": _galore(
+        "the same, moments begin anew", method="apollo-mini", rank=1, scale=128**0.5, moments="reset"
+    ),
+    "q-apollo": _galore("scaled by channel, int8 weights", method="q-apollo"),
+    "fira": _galore("exact SVD, moments kept, and the scaled residual", method="fira"),
 }
 
 

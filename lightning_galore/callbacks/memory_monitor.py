@@ -225,7 +225,7 @@ def _on_cuda(trainer: Trainer) -> dict[str, int]:
     for optimizer in trainer.strategy.optimizers:
         if isinstance(optimizer, GaLoreOptimizer):
             now = optimizer.footprint()
-            held["moments"] += now.moments
+            held["moments"] += now.states
             held["bases"] += now.bases
         else:
             held["moments"] += storage.nbytes(list(optimizer.state.values()))

@@ -25,8 +25,17 @@ ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["auto", "fixed", "energy", "energy_shrink", "noise_edge"]
 TransformName = Literal["auto", "none", "spam", "stable-spam", "natural"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
-LiftName = Literal["auto", "project_back", "error_feedback", "sign_residual", "whiten"]
-BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4"]
+LiftName = Literal[
+    "auto",
+    "project_back",
+    "error_feedback",
+    "sign_residual",
+    "whiten",
+    "channel_scale",
+    "tensor_scale",
+    "scaled_residual",
+]
+BasisStorage = Literal["auto", "param", "fp32", "bf16", "fp16", "int8", "int4", "seed"]
 WeightStorage = Literal["auto", "param", "int8"]
 MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
@@ -47,6 +56,10 @@ Method = Literal[
     "frugal",
     "golore",
     "swan",
+    "apollo",
+    "apollo-mini",
+    "q-apollo",
+    "fira",
 ]
 
 #: In a method's row: the user must say it, and why.
@@ -57,6 +70,8 @@ WHY: dict[str, str] = {
 }
 #: What an axis is where neither the user nor a method says anything.
 AUTO: dict[str, Any] = {
+    "rank": 128,
+    "scale": 0.25,
     "subspace": "randomized",
     "schedule": "fixed",
     "stagger": True,
@@ -64,7 +79,6 @@ AUTO: dict[str, Any] = {
     "update_proj_gap": 200,
     "random_after": None,
     "tracking_rho": 0.7,
-    "scale": 0.25,
     "lift": "project_back",
     "basis_storage": "param",
     "weight_storage": "param",
@@ -79,6 +93,16 @@ AUTO: dict[str, Any] = {
 RESETS: dict[str, dict[str, int]] = {
     "spam": {"reset_gap": 500, "reset_warmup": 150},
     "stable-spam": {"reset_gap": 1000, "reset_warmup": 0},
+}
+# arXiv 2412.05270: random projections that nobody keeps, and the full gradient scaled by what a step in them does.
+_APOLLO: dict[str, Any] = {
+    "scale": 1.0,
+    "subspace": "gaussian",
+    "schedule": "fixed",
+    "stagger": False,
+    "moments": "keep",
+    "lift": "channel_scale",
+    "basis_storage": "seed",
 }
 #: A named method is nothing but a row of choices; it fills the axes that the user left open.
 METHODS: dict[str, dict[str, Any]] = {
@@ -111,6 +135,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "moment_storage": "8bit",
         "stochastic_round": True,
     },
+    "apollo": _APOLLO,
+    "apollo-mini": {**_APOLLO, "rank": 1, "scale": 128**0.5, "lift": "tensor_scale"},
+    "q-apollo": {**_APOLLO, "weight_storage": "int8", "stochastic_round": True},
+    # arXiv 2410.01623
+    "fira": {"subspace": "svd", "schedule": "fixed", "stagger": False, "moments": "keep", "lift": "scaled_residual"},
     # arXiv 2410.16103, algorithm 1.
     "ldadam": {
         "subspace": "blend",
@@ -163,6 +192,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2412.19820 without its sparsely coded residual.
     "galore-plus": {"subspace": "cross_head", "schedule": "fixed", "stagger": False, "moments": "keep"},
 }
+#: The subspaces whose bases can be drawn again from a number.
+DRAWN = ("gaussian", "random_orthonormal")
 #: How an axis is written that is left open.
 OPEN = ("auto", None)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_galore.config.checks import check_int, check_positive, check_rank, check_share
+from lightning_galore.config.presets import DRAWN
 
 if TYPE_CHECKING:
     from lightning_galore.config.settings import GaLoreConfig
@@ -78,6 +79,11 @@ def check_resets(config: GaLoreConfig) -> None:
 
 def check_subspace(config: GaLoreConfig) -> None:
     """Refuse what a subspace cannot do."""
+    if config.basis_storage == "seed" and config.subspace not in DRAWN:
+        raise ValueError(
+            f"basis_storage='seed' with subspace={config.subspace!r}, whose bases come from gradients: only those of "
+            f"{' and '.join(map(repr, DRAWN))} can be drawn again. Use one of these, or basis_storage='param'."
+        )
     if config.subspace == "gaussian" and config.schedule != "fixed":
         raise ValueError(
             f"schedule={config.schedule!r} compares bases, and those of subspace='gaussian' are drawn at random and "

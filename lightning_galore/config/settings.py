@@ -18,6 +18,7 @@ from lightning_galore.config.checks import (
 )
 from lightning_galore.config.presets import (
     AUTO,
+    DRAWN,
     GROUP_KEYS,
     HEADED,
     METHODS,
@@ -49,10 +50,11 @@ class GaLoreConfig:
 
     Args:
         rank: Width ``r`` of the gradient subspace, or as a fraction in (0, 1) of the weight's short side. A weight
-            with ``min(m, n) <= rank`` would save nothing and stays full-rank.
+            with ``min(m, n) <= rank`` would save nothing and stays full-rank. None is what ``method`` says, else 128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace (``T`` in the paper). None is
             what ``method`` says, else 200.
-        scale: Factor on the projected-back update (``alpha`` in the paper). None is what ``method`` says, else 0.25.
+        scale: Factor on the projected-back update, or on the scaled gradient (``alpha`` in the papers). None is what
+            ``method`` says, else 0.25.
         proj_type: Which side is projected. ``std``: the shorter dimension; ``reverse_std``: the longer one; ``left``:
             rows; ``right``: columns; ``full``: both (the low-rank gradient is ``r x r``).
         mode: When gradients are projected and weights move. ``step``: both in ``optimizer.step``. ``project``:
@@ -68,7 +70,9 @@ class GaLoreConfig:
             step, error feedback), ``frugal`` (signs of what the subspace leaves out), ``golore`` (random bases late in
             training), ``swan`` (whitened updates without moments), ``spam`` or ``stable-spam`` (gradient spikes are
             clipped, momentum is reset), ``natural-galore`` (natural gradient in the subspace), ``adarankgrad``
-            (shrinking ranks) or ``galore-plus`` (heads share a basis). Settings you name win.
+            (shrinking ranks), ``galore-plus`` (heads share a basis), ``apollo`` and ``apollo-mini`` (the full gradient,
+            scaled by channel or as a whole), ``q-apollo`` (``apollo`` with int8 weights) or ``fira`` (``galore`` and
+            the scaled residual). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``blend`` (LDAdam's form of it), ``columns`` (the largest columns),
@@ -110,7 +114,9 @@ class GaLoreConfig:
             the rest. None is what ``method`` says, else 0.7.
         lift: How the low-rank update becomes a weight update. ``project_back``: basis times update times ``scale``;
             ``error_feedback``: the same, and what the projection leaves out is added to the next gradient;
-            ``sign_residual``: and a step of signSGD along what it leaves out; ``whiten``: the update is whitened first.
+            ``sign_residual``: and a step of signSGD along what it leaves out; ``whiten``: the update is whitened first;
+            ``channel_scale`` and ``tensor_scale``: the full gradient, scaled as the low-rank step scales the low-rank
+            gradient; ``scaled_residual``: ``project_back``, and what the basis leaves out of the gradient scaled so.
             ``auto`` is what ``method`` says, else ``project_back``.
         residual_scale: Factor on the learning rate of signSGD in ``lift="sign_residual"``: 1.0 for pre-training, 0.1
             for fine-tuning.
@@ -126,8 +132,9 @@ class GaLoreConfig:
             never. None is what ``transform`` comes with: 500 for ``spam``, 1000 for ``stable-spam``, else 0.
         reset_warmup: Optimizer steps at the start and after each reset over which the learning rate rises along a
             cosine. None is what ``transform`` comes with: 150 for ``spam``, else 0.
-        basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, or as
-            ``int8`` or ``int4`` codes, read back orthonormal. ``auto`` is what ``method`` says, else ``param``.
+        basis_storage: How a basis is kept: in the data type of the weight (``param``), in one of its own, as ``int8``
+            or ``int4`` codes, read back orthonormal, or, of random ones, as the ``seed`` from which it is drawn again
+            whenever it is read. ``auto`` is what ``method`` says, else ``param``.
         basis_placement: With weights that are sharded over processes (FSDP2): ``replicate`` keeps a basis on each of
             them, ``shard`` a part of it, and gathers it at each step. (Of a basis that acts on the sharded dimension
             each keeps its own rows in either case.) Without effect where weights are whole.
@@ -162,7 +169,7 @@ class GaLoreConfig:
         'svd'
     """
 
-    rank: int | float = 128
+    rank: int | float | None = None
     update_proj_gap: int | None = None
     scale: float | None = None
     proj_type: ProjType = "std"
@@ -246,6 +253,9 @@ class GaLoreConfig:
             choices["stochastic_round"] = True
         transform = choices["transform"] if self.transform in OPEN else self.transform
         choices |= RESETS.get(transform, {})
+        subspace = choices["subspace"] if self.subspace in OPEN else self.subspace
+        if choices["basis_storage"] == "seed" and subspace not in DRAWN:  # APOLLO with an SVD, for example
+            choices["basis_storage"] = "param"
         opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
         if "reset_warmup" in opened and isinstance(gap := opened.get("reset_gap", self.reset_gap), int):
             opened["reset_warmup"] = min(opened["reset_warmup"], gap)
@@ -266,7 +276,7 @@ class GaLoreConfig:
         return self.update_proj_gap
 
     @property
-    def alpha(self) -> float:
+    def factor(self) -> float:
         """``scale``, which is a number once the configuration is made."""
         assert self.scale is not None
         return self.scale
@@ -291,6 +301,7 @@ class GaLoreConfig:
         """
         rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
         rank = rank if named is None else named
+        assert rank is not None  # once the configuration is made
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
 
     def has_heads(self, module: str) -> bool:
@@ -361,6 +372,7 @@ class GaLoreConfig:
 
 
 _NONE_IS_OPEN = (
+    "rank",
     "update_proj_gap",
     "stagger",
     "stochastic_round",

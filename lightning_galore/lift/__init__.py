@@ -4,7 +4,9 @@
 from lightning_galore.lift.base import Lift, Turned, Update
 from lightning_galore.lift.error_feedback import ErrorFeedback
 from lightning_galore.lift.project_back import ProjectBack
+from lightning_galore.lift.residual import ScaledResidual
 from lightning_galore.lift.rounding import Rounding, warn_of_idle_rounding
+from lightning_galore.lift.scaling import ChannelScale, TensorScale
 from lightning_galore.lift.sign_residual import SignResidual
 from lightning_galore.lift.whiten import Whiten
 
@@ -13,6 +15,9 @@ LIFTS: dict[str, type[Lift]] = {
     "error_feedback": ErrorFeedback,
     "sign_residual": SignResidual,
     "whiten": Whiten,
+    "channel_scale": ChannelScale,
+    "tensor_scale": TensorScale,
+    "scaled_residual": ScaledResidual,
 }
 
 

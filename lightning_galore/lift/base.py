@@ -43,7 +43,9 @@ class Update:
         low_grad: The gradient that it saw, of the same shape.
         grad: The full gradient ``(m, n)``, clipped and with a coupled decay in it, as ``low_grad``; but without what
             :meth:`Lift.left_over` added to that. None unless the lift needs it.
-        lr: The learning rate of the weight's group.
+        lr: The learning rate of the weight's group; 1.0 where the wrapped optimizer finds its own.
+        shape_factor: What corrects a learning rate that the wrapped optimizer adjusts to the shape of the proxy; it is
+            in ``scale`` too.
         turned: What a new basis did to the first moment; None where nothing, or unless the lift asks for it.
         ascends: Whether the group maximizes, so that the weight goes along the gradient.
         entries: What the lift keeps for this weight from step to step, by name; it may change and add entries.
@@ -52,7 +54,8 @@ class Update:
     low_update: Tensor
     low_grad: Tensor
     grad: Tensor | None = None
-    lr: float | Tensor = 0.0
+    lr: float | Tensor = 1.0
+    shape_factor: float = 1.0
     turned: Turned | None = None
     ascends: bool = False
     entries: dict[str, Tensor] = field(default_factory=dict)
@@ -66,6 +69,12 @@ class Lift(ABC):
 
     #: Whether :attr:`Update.grad` is wanted. Then mode "project", which frees it at once, is refused.
     needs_grad: ClassVar[bool] = False
+    #: Whether ``bases`` are wanted; if not they are not read for it, and it gets none.
+    needs_bases: ClassVar[bool] = True
+    #: Whether ``P P^T`` must be a projection, which it is for orthonormal bases only.
+    needs_orthonormal: ClassVar[bool] = False
+    #: Whether it compares channel by channel, which side "full" has none of.
+    per_channel: ClassVar[bool] = False
     #: Whether :meth:`left_over` ever gives something.
     leaves_over: ClassVar[bool] = False
     #: Whether :attr:`Update.turned` is wanted.
@@ -96,5 +105,5 @@ class Lift(ABC):
         return None
 
     def kept_shapes(self, projection: Projection) -> dict[str, tuple[int, ...]]:
-        """Shapes of the entries that it keeps for a weight; scalars are fp32, others have the weight's dtype."""
+        """Shapes of the entries that it keeps for a weight: scalars in fp32 at least, others in the weight's dtype."""
         return {}

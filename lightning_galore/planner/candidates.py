@@ -27,6 +27,7 @@ class Candidate:
         base: The optimizer, a name that ``named_optimizer`` knows.
         mode: When gradients are projected and weights move; ``step`` for what is not wrapped.
         method: The preset, for low-rank gradients.
+        rank: Its only rank; None for the user's.
         trades: What it costs against ordinary training, in words.
     """
 
@@ -36,6 +37,7 @@ class Candidate:
     base: str
     mode: Mode = "step"
     method: Method | None = None
+    rank: int | None = None
     trades: str = ""
 
     def recipe(self, config: GaLoreConfig, base: str | None = None) -> Recipe:
@@ -56,7 +58,8 @@ class Candidate:
         """The settings with the candidate's own."""
         # A preset of few bits has columns of its own.
         own = None if config.method in _8BIT_METHODS else config.method
-        return config.with_settings(mode=self.mode, method=self.method or own)
+        settings = config.with_settings(mode=self.mode, method=self.method or own)
+        return settings if self.rank is None else settings.with_settings(rank=self.rank)
 
 
 def _build(name: str, params: list[nn.Parameter]) -> Optimizer:
@@ -107,6 +110,25 @@ CANDIDATES: tuple[Candidate, ...] = (
         mode="layerwise",
         method="q-galore",
         trades=f"gradients of rank {{rank}}; {_8BIT}, bases in 4, weights in 8; {_LAYERWISE}",
+    ),
+    Candidate(
+        name="apollo",
+        label="APOLLO layerwise",
+        kind="galore",
+        base="adamwfused",
+        mode="layerwise",
+        method="apollo",
+        trades=f"full gradients, scaled by what a random subspace of rank {{rank}} says; {_LAYERWISE}",
+    ),
+    Candidate(
+        name="apollo-mini",
+        label="APOLLO-Mini layerwise",
+        kind="galore",
+        base="adamwfused",
+        mode="layerwise",
+        method="apollo-mini",
+        rank=1,
+        trades=f"full gradients, scaled by what one random direction says; {_LAYERWISE}",
     ),
     Candidate(
         name="lora",

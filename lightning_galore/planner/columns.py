@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from lightning_galore.config import GaLoreConfig, Mode
 from lightning_galore.planner.candidates import Candidate
@@ -42,7 +42,8 @@ def column_of(
         held = footprint_of(job, recipe)
         largest = largest_layer_bytes(job.module)
         column = replace(column, refresh_workspace=refresh_workspace(job, recipe))
-        each = on_each(asdict(held), devices, mode=candidate.mode, gradients=held.gradients, largest_layer=largest)
+        sizes = {"weights": held.weights, "moments": held.states, "bases": held.bases, "gradients": held.gradients}
+        each = on_each(sizes, devices, mode=candidate.mode, gradients=held.gradients, largest_layer=largest)
         column = replace(
             column,
             weights=each["weights"],

@@ -117,6 +117,7 @@ def _answer(question: Question, chosen: Sequence[Candidate]) -> Plan:
     columns = tuple(
         column_of(job, candidate, config, question.checkpointing, devices, base=question.base) for candidate in chosen
     )
+    assert config.rank is not None
     return Plan(
         model=job.name,
         parameters=sum(param.numel() for param in job.module.parameters()),

@@ -128,7 +128,7 @@ class _Search:
 
     def _held(self, job: Job, config: GaLoreConfig) -> int:
         held = footprint_of(job, self._candidate.recipe(config, self._question.base))
-        alive = {"weights": held.weights, "moments": held.moments, "bases": held.bases}
+        alive = {"weights": held.weights, "moments": held.states, "bases": held.bases}
         devices, mode = self._question.devices, self._candidate.mode
         return sum(on_each(alive, devices, mode=mode, gradients=0, largest_layer=self._largest).values())
 
@@ -147,7 +147,7 @@ def free_ranks(job: Job) -> list[int]:
     return ranks
 
 
-def _trades(candidate: Candidate, checkpointing: bool, rank: int | float | None, asked: int | float) -> str:
+def _trades(candidate: Candidate, checkpointing: bool, rank: int | float | None, asked: int | float | None) -> str:
     said = [candidate.trades.format(rank=rank)] if candidate.trades else []
     if rank is not None and rank != asked:
         said.append(f"rank {rank} instead of {asked}")

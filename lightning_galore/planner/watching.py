@@ -89,7 +89,7 @@ class Watcher:
         for optimizer in self._optimizers:
             for param in params or self._names:
                 for key, value in optimizer.state.get(param, {}).items():
-                    category: Category = "bases" if state_keys.is_ours(key) else "moments"
+                    category: Category = "bases" if str(key).startswith(state_keys.BASIS) else "moments"
                     self._tracker.hold(value, category)
 
     def where(self, moment: Moment) -> str:

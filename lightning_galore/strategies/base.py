@@ -61,16 +61,17 @@ class GaLoreStrategy(BackwardModes):
     as ``strategy="galore"`` when ``lightning_galore`` is imported.
 
     Args:
-        rank: Width of the gradient subspace, or as a fraction of a weight's short side.
+        rank: Width of the gradient subspace, or as a fraction of a weight's short side; None is the method's, else 128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace; None is the method's, else 200.
-        scale: Factor on the projected-back update; None is the method's, else 0.25.
+        scale: Factor on the projected-back update, or on the scaled gradient; None is the method's, else 0.25.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
         mode: When gradients are projected and weights move: step, project (frees full gradients in backward) or
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
         method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, ldadam, frugal, golore, swan,
-            spam, stable-spam, natural-galore, adarankgrad or galore-plus; settings you name win over it.
+            spam, stable-spam, natural-galore, adarankgrad, galore-plus, apollo, apollo-mini, q-apollo or fira;
+            settings you name win over it.
         subspace: How a basis is found: randomized, svd, gram, power, track, blend, columns, random_orthonormal,
             gaussian, coordinates, block or cross_head.
         random_after: From this many steps of a weight on its bases are random orthonormal ones.
@@ -92,7 +93,8 @@ class GaLoreStrategy(BackwardModes):
         rank_pattern: Ranks of some modules, a mapping from substring or regular expression to rank.
         state_budget: Most bytes of bases and moments together under an adaptive rank.
         tracking_rho: Weight of the first moment in what subspace="track" or "blend" follows.
-        lift: How the low-rank update becomes a weight update: project_back, error_feedback, sign_residual or whiten.
+        lift: How the low-rank update becomes a weight update: project_back, error_feedback, sign_residual, whiten,
+            channel_scale, tensor_scale or scaled_residual.
         residual_scale: Factor on the learning rate of signSGD in lift="sign_residual".
         transform: What is done to each gradient before the optimizer sees it: none, spam, stable-spam or natural.
         spam_theta: Threshold of transform="spam", as a multiple of the second moment.
@@ -100,7 +102,7 @@ class GaLoreStrategy(BackwardModes):
         natural_damping: Weight of the identity in its Fisher matrix, in their mean squared norm.
         reset_gap: Steps after which the wrapped optimizer begins anew; 0 is never, None is the transform's.
         reset_warmup: Steps over which the learning rate rises after a reset; None is the transform's.
-        basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8 or int4.
+        basis_storage: How a basis is kept: param, fp32, bf16, fp16, int8, int4, or as the seed of a random one.
         basis_placement: Under FSDP2, whether each device keeps a basis whole (replicate) or a part of it (shard).
         weight_storage: How projected weights are kept: param or int8.
         moment_storage: "8bit" refuses an optimizer that keeps its moments in more bits; "base" takes what it does.
@@ -132,7 +134,7 @@ class GaLoreStrategy(BackwardModes):
 
     def __init__(
         self,
-        rank: int | float = 128,
+        rank: int | float | None = None,
         update_proj_gap: int | None = None,
         scale: float | None = None,
         proj_type: ProjType = "std",

@@ -115,7 +115,7 @@ def _accumulates(trainer: Trainer) -> bool:
     return trainer.accumulate_grad_batches > 1 or any(max(cb.scheduling.values()) > 1 for cb in scheduled)
 
 
-def warn_of_small_weights(table: TargetTable, rank: int | float) -> None:
+def warn_of_small_weights(table: TargetTable, rank: int | float | None) -> None:
     """Say which selected weights a lower rank would project too."""
     # A single row or column has no smaller rank, so there is nothing to advise.
     small = [row.name for row in table.rows if "nothing would be saved" in row.reason and min(row.shape) > 1]

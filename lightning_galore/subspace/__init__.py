@@ -16,7 +16,7 @@ from lightning_galore.subspace.columns import Columns
 from lightning_galore.subspace.coordinates import BlockChoice, CoordinateChoice
 from lightning_galore.subspace.cross_head import CrossHead
 from lightning_galore.subspace.power import Power
-from lightning_galore.subspace.random import Gaussian, RandomOrthonormal
+from lightning_galore.subspace.random import Gaussian, RandomOrthonormal, draw
 from lightning_galore.subspace.randomized import Randomized
 from lightning_galore.subspace.svd import SVD, Gram
 from lightning_galore.subspace.track import Track
@@ -45,6 +45,7 @@ __all__ = [
     "RandomOrthonormal",
     "Side",
     "Subspace",
+    "draw",
     "resolve_side",
     "seeded_generator",
 ]

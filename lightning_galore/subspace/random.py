@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,22 @@ from typing_extensions import override
 
 from lightning_galore import linalg
 from lightning_galore.subspace.base import Found, Known, Projection, Subspace
+
+
+def draw(
+    shapes: Sequence[tuple[int, int]], *, generator: torch.Generator, dtype: torch.dtype, orthonormal: bool
+) -> tuple[Tensor, ...]:
+    """Random bases ``(d, r)``, on the generator's device: the same ones whenever it stands where it stood.
+
+    Args:
+        shapes: Of the bases, which are drawn one after the other.
+        generator: Source of the numbers.
+        dtype: That of the gradients; they are drawn and orthonormalised in its decomposition dtype.
+        orthonormal: Whether the columns shall be so, with any signs; else their entries are from ``N(0, 1/r)``.
+    """
+    like = torch.empty((), dtype=dtype, device=generator.device)
+    draws = [linalg.gaussian(d, r, like=like, generator=generator) for d, r in shapes]
+    return tuple(linalg.orthonormalize(one) if orthonormal else one / one.shape[1] ** 0.5 for one in draws)
 
 
 class Gaussian(Subspace):
@@ -22,7 +39,7 @@ class Gaussian(Subspace):
     def _find(
         self, grad: Tensor, projection: Projection, *, generator: torch.Generator, known: Known | None
     ) -> Found | None:
-        return Found(bases=tuple(draw / projection.rank**0.5 for draw in _draws(grad, projection, generator)))
+        return _found(grad, projection, generator, orthonormal=False)
 
 
 class RandomOrthonormal(Subspace):
@@ -32,8 +49,8 @@ class RandomOrthonormal(Subspace):
     def _find(
         self, grad: Tensor, projection: Projection, *, generator: torch.Generator, known: Known | None
     ) -> Found | None:
-        return Found(bases=tuple(linalg.orthonormalize(draw) for draw in _draws(grad, projection, generator)))
+        return _found(grad, projection, generator, orthonormal=True)
 
 
-def _draws(grad: Tensor, projection: Projection, generator: torch.Generator) -> list[Tensor]:
-    return [linalg.gaussian(d, r, like=grad, generator=generator) for d, r in projection.basis_shapes]
+def _found(grad: Tensor, projection: Projection, generator: torch.Generator, *, orthonormal: bool) -> Found:
+    return Found(bases=draw(projection.basis_shapes, generator=generator, dtype=grad.dtype, orthonormal=orthonormal))

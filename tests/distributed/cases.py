@@ -296,6 +296,10 @@ def _cases() -> dict[str, Case]:
         gap = {"rank": 8, "update_proj_gap": 20}
         cases[f"{mode}-traffic"] = Case(mode, {**gap, "stagger": False}, model=Matrices)
         cases[f"{mode}-traffic-staggered"] = Case(mode, gap, model=Matrices, steps=60)
+    for mode in ("step", "layerwise"):  # which have the full gradient
+        for name in ("apollo", "apollo-mini", "fira"):
+            cases[f"{mode}-{name}"] = Case(mode, {"method": name}, dtype=torch.float64)
+        cases[f"{mode}-apollo-2"] = Case(mode, {"method": "apollo"}, dtype=torch.float64, accumulate=2)
     cases["step-norms"] = Case("step", dtype=torch.float64, norms=True)
     cases["step-clip"] = Case("step", {"clip_weight_norm": 0.02}, dtype=torch.float64)
     return cases
@@ -314,6 +318,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int8-basis": {"basis_storage": "int8"},
     "int4-basis": {"basis_storage": "int4"},
     "bf16-basis": {"basis_storage": "bf16"},
+    "seed": {"subspace": "gaussian", "basis_storage": "seed"},
     "rank-shrink": {"method": "adarankgrad", "rank_energy": 0.7, "rank": 12},
     "spam": {"method": "spam", "spam_theta": 100.0, "reset_gap": 8, "reset_warmup": 2},
     "stable-spam": {"method": "stable-spam", "reset_gap": 8},
