@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ class Stepper:
             few: Whether these are a few among many: then nothing else is looked at.
             **kwargs: Handed to ``base.step``.
         """
+        if not self.restarts.warmup:
+            return self._step(swaps, dense, few=few, **kwargs)
         with self.restarts.warmed(self._base.param_groups):
             return self._step(swaps, dense, few=few, **kwargs)
 
@@ -131,7 +134,7 @@ class Stepper:
         moving += [self._dense_swap(p, groups[group], begun.pop(p, None)) for p, (group, _) in rounded.items()]
         plain = {param: groups[group] for param, (group, _) in dense.items() if param not in rounded}
         whole = Shown(swaps=moving, dense=plain, skipped=[swap.param for swap in skipped], few=few)
-        with renewed(self._base, begun):
+        with renewed(self._base, begun) if begun else nullcontext():
             for shown in calls_of(self._base, whole):
                 with swapped_in(self._base, shown, dense_lr_factor=self._config.dense_lr_factor):
                     output = self._base.step(closure=None, **kwargs)

@@ -104,9 +104,10 @@ def _check_project(trainer: Trainer, module: LightningModule | None, config: GaL
             'whose entries are others. Use gradient_clip_algorithm="norm", or mode="step" or "layerwise".'
         )
     if _accumulates(trainer) or config.fused_backward:
+        why = "accumulates gradients in low rank" if _accumulates(trainer) else "with fused_backward has no full ones"
         rank_zero_info(
-            "GaLore: with accumulation in low rank, or fused_backward, clipping uses the norm of what is kept of the "
-            'gradients, which is smaller than the full norm. mode="step" clips by the full norm.'
+            f'GaLore: mode="project" {why}, so clipping uses the norm of what is kept of them, which is smaller than '
+            'the full norm. mode="step" clips by the full norm.'
         )
 
 
