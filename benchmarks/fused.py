@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``fused_backward`` saves of a whole training step: time, and bytes that the forward pass keeps for backward.
+
+Run it with ``python -m benchmarks.fused``; README.md beside it says how to read it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from benchmarks import pictures
+from benchmarks.optimizers import FULL_RANK
+from benchmarks.options import Options, progress, run
+from benchmarks.results import Report, Table, megabytes, milliseconds, ratio, rounded
+from benchmarks.timing import Spread, in_turn, quiet, times_faster
+from benchmarks.training import CASES, NEVER, QUICK_CASES, Case, is_projected
+from benchmarks.weights import SEED
+from lightning_galore import GaLoreOptimizer
+
+ORDINARY, FUSED, FUSED_RIGHT = "mode project", "the same, fused_backward", "the same, projected on the right everywhere"
+SETTINGS: dict[str, dict[str, Any]] = {
+    FULL_RANK: {},
+    ORDINARY: {"fused_backward": False},
+    FUSED: {"fused_backward": True},
+    FUSED_RIGHT: {"fused_backward": True, "proj_type": "right"},
+}
+
+
+def measure(options: Options) -> tuple[Report, Figure]:
+    """Time the training steps of every case, each way to train on a model of its own."""
+    machine, measured = options.machine(), []
+    for case in QUICK_CASES if options.quick else CASES:
+        progress(f"fused backward of {case.name}")
+        measured.append(_measure_case(case, options))
+    report = Report(
+        name="fused-quick" if options.quick else "fused",
+        machine=machine,
+        settings={
+            "clock": options.clock.name,
+            "model": "random weights, random tokens, no dropout; no step refreshes",
+            "order": "each round one whole training step of each, in turns",
+            "seed": SEED,
+        },
+        measurements=measured,
+        tables=[_table(held) for held in measured],
+    )
+    return report, _picture(report)
+
+
+def _measure_case(case: Case, options: Options) -> dict[str, Any]:
+    steps, kept = {}, {}
+    for name in SETTINGS:
+        steps[name], keeps = _training(name, case, options.torch_device)
+        steps[name]()  # makes the state, and the only refresh
+        kept[name] = keeps()
+    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    with quiet():
+        for turn in range(case.rounds):
+            for name in in_turn(list(SETTINGS), turn):
+                seconds[name].append(options.clock.seconds(steps[name]))
+    return {
+        "name": case.name,
+        "rank": case.rank,
+        "rounds": case.rounds,
+        "ways": {
+            name: {
+                "median_s": Spread.of(own).median,
+                "steps_of_full_rank": asdict(times_faster(seconds[FULL_RANK], than=own)),
+                "kept_bytes": kept[name],
+                "seconds": rounded(own),
+            }
+            for name, own in seconds.items()
+        },
+    }
+
+
+def _training(name: str, case: Case, device: torch.device) -> tuple[Callable[[], None], Callable[[], int]]:
+    """A whole training step, and the bytes that its forward pass keeps."""
+    torch.manual_seed(SEED)
+    model = case.make().to(device)
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
+    tokens = torch.randint(3, size, case.batch, device=device)
+    labels = tokens[:, 0] % 2 if hasattr(model, "classifier") else tokens
+    optimizer = _optimizer(name, model, case.rank)
+
+    def forward() -> Tensor:
+        loss: Tensor = model(input_ids=tokens, labels=labels).loss
+        return loss
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        optimizer.step()
+
+    return step, lambda: kept_bytes(forward, model)
+
+
+def _optimizer(name: str, model: nn.Module, rank: int) -> torch.optim.Optimizer:
+    targets = [param for own, param in model.named_parameters() if is_projected(own, param)]
+    others = [param for own, param in model.named_parameters() if not is_projected(own, param)]
+    if name == FULL_RANK:
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    groups: list[dict[str, Any]] = [{"params": targets, "rank": rank}, {"params": others, "rank": None}]
+    base = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    settings = {"mode": "project", "update_proj_gap": NEVER, "stagger": False, **SETTINGS[name]}
+    return GaLoreOptimizer(base, model, **settings)
+
+
+def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for backward, but for parameters; each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    del loss
+    own = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def _table(held: dict[str, Any]) -> Table:
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            milliseconds(row["median_s"]),
+            ratio(Spread(**row["steps_of_full_rank"]), digits=3),
+            megabytes(row["kept_bytes"]),
+        )
+        for name, row in held["ways"].items()
+    ]
+    return Table(
+        title=f"fused backward: {held['name']} ({held['rounds']} rounds)",
+        header=("way to train", "whole step, ms", f"in steps of {FULL_RANK}", "kept for backward, MB"),
+        rows=rows,
+    )
+
+
+def _picture(report: Report) -> Figure:
+    """A panel a case: a whole training step in those of full-rank AdamW."""
+    panels = [
+        pictures.Panel(
+            title=held["name"],
+            bars=[
+                pictures.Bar(
+                    label=name,
+                    spread=Spread(**row["steps_of_full_rank"]),
+                    text=f"{milliseconds(row['median_s'])} ms",
+                    ours=name != FULL_RANK,
+                )
+                for name, row in held["ways"].items()
+            ],
+        )
+        for held in report.measurements
+    ]
+    return pictures.bar_panels(
+        panels,
+        title=f"Whole training step: its cost in steps of {FULL_RANK}",
+        footer=report,
+        xlabel="AdamW steps, p10-p90: shorter is faster",
+        columns=len(panels),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run([measure], prog="python -m benchmarks.fused"))
