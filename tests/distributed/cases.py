@@ -291,6 +291,11 @@ def _cases() -> dict[str, Case]:
             cases[f"{mode}-norms-{accumulate}"] = Case(
                 mode, accumulate=accumulate, dtype=torch.float64, one_by_one=True, norms=True
             )
+        fused = {"fused_backward": True}
+        for accumulate in (1, 2):
+            cases[f"{mode}-fused-{accumulate}"] = Case(mode, fused, accumulate=accumulate, dtype=torch.float64)
+        cases[f"{mode}-fused-twice"] = Case(mode, fused, model=Twice, dtype=torch.float64)
+        cases[f"{mode}-fused-branches"] = Case(mode, fused, model=Branches, dtype=torch.float64)
         cases[f"{mode}-int8-weights"] = Case(mode, {"weight_storage": "int8"}, tolerance=0.02)
         cases[f"{mode}-int8-accumulator"] = Case(mode, {"accumulator_storage": "int8"}, accumulate=2, tolerance=0.03)
         gap = {"rank": 8, "update_proj_gap": 20}
