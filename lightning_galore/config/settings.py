@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning_galore.config.checks import (
     as_patterns,
@@ -50,7 +50,8 @@ class GaLoreConfig:
 
     Args:
         rank: Width ``r`` of the gradient subspace, or as a fraction in (0, 1) of the weight's short side. A weight
-            with ``min(m, n) <= rank`` would save nothing and stays full-rank. None is what ``method`` says, else 128.
+            with ``min(m, n) <= rank`` would save nothing and stays full-rank. ``auto`` is what ``method`` says, else
+            128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace (``T`` in the paper). None is
             what ``method`` says, else 200.
         scale: Factor on the projected-back update, or on the scaled gradient (``alpha`` in the papers). None is what
@@ -169,7 +170,7 @@ class GaLoreConfig:
         'svd'
     """
 
-    rank: int | float | None = None
+    rank: int | float | Literal["auto"] = "auto"
     update_proj_gap: int | None = None
     scale: float | None = None
     proj_type: ProjType = "std"
@@ -270,6 +271,12 @@ class GaLoreConfig:
         return name not in self._opened
 
     @property
+    def width(self) -> int | float:
+        """``rank``, which is a number once the configuration is made."""
+        assert not isinstance(self.rank, str)
+        return self.rank
+
+    @property
     def gap(self) -> int:
         """``update_proj_gap``, which is a number once the configuration is made."""
         assert self.update_proj_gap is not None
@@ -299,9 +306,8 @@ class GaLoreConfig:
             shape: ``(m, n)`` of the weight.
             named: The ``rank`` of its param group, which wins.
         """
-        rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
+        rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.width)
         rank = rank if named is None else named
-        assert rank is not None  # once the configuration is made
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
 
     def has_heads(self, module: str) -> bool:
@@ -372,7 +378,6 @@ class GaLoreConfig:
 
 
 _NONE_IS_OPEN = (
-    "rank",
     "update_proj_gap",
     "stagger",
     "stochastic_round",

@@ -117,11 +117,10 @@ def _answer(question: Question, chosen: Sequence[Candidate]) -> Plan:
     columns = tuple(
         column_of(job, candidate, config, question.checkpointing, devices, base=question.base) for candidate in chosen
     )
-    assert config.rank is not None
     return Plan(
         model=job.name,
         parameters=sum(param.numel() for param in job.module.parameters()),
-        rank=config.rank,
+        rank=config.width,
         batch=_batch_in_words(job),
         precision=job.precision or "as the module is",
         devices=devices,

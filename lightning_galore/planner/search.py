@@ -80,7 +80,7 @@ class _Search:
         """The candidate as it fits, or None."""
         question, candidate = self._question, self._candidate
         config, low_rank = question.config, candidate.kind != "full"
-        ranks = free_ranks(job) if question.rank_free and low_rank else [config.rank]
+        ranks = free_ranks(job) if question.rank_free and low_rank else [config.width]
         first = self._first(job, column, [config.with_settings(rank=rank) for rank in ranks])
         if first is None:
             return None
@@ -91,7 +91,7 @@ class _Search:
             if larger.total > self._budget:
                 break
             size, peak = doubled, larger
-        rank = settings.rank if low_rank else None
+        rank = settings.width if low_rank else None
         return Fit(
             name=candidate.name,
             label=candidate.label,
@@ -106,7 +106,7 @@ class _Search:
         """The first choice that fits, without recomputing if possible; the widest come first."""
         for settings in choices:
             try:
-                if settings.rank == self._question.config.rank:
+                if settings.width == self._question.config.width:
                     peaks: Iterable[Peak] = column.peaks
                 elif self._held(job, settings) > self._budget:  # no need to take a step
                     continue

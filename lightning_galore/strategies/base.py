@@ -61,7 +61,7 @@ class GaLoreStrategy(BackwardModes):
     as ``strategy="galore"`` when ``lightning_galore`` is imported.
 
     Args:
-        rank: Width of the gradient subspace, or as a fraction of a weight's short side; None is the method's, else 128.
+        rank: Width of the gradient subspace, or as a fraction of a weight's short side; auto is the method's, else 128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace; None is the method's, else 200.
         scale: Factor on the projected-back update, or on the scaled gradient; None is the method's, else 0.25.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
@@ -134,7 +134,7 @@ class GaLoreStrategy(BackwardModes):
 
     def __init__(
         self,
-        rank: int | float | None = None,
+        rank: int | float | Literal["auto"] = "auto",
         update_proj_gap: int | None = None,
         scale: float | None = None,
         proj_type: ProjType = "std",
@@ -247,7 +247,7 @@ class GaLoreStrategy(BackwardModes):
             log.debug("%s", table)
             if not optimizer.targets:
                 rank_zero_warn("No weight is projected until frozen ones are unfrozen and added to the optimizer.")
-            warn_of_small_weights(table, self.config.rank)
+            warn_of_small_weights(table, self.config.width)
 
     def targets_tables(self) -> list[TargetTable]:
         """The table of every parameter, one for each wrapped optimizer; empty before ``fit``."""

@@ -291,11 +291,7 @@ def _cases() -> dict[str, Case]:
             cases[f"{mode}-norms-{accumulate}"] = Case(
                 mode, accumulate=accumulate, dtype=torch.float64, one_by_one=True, norms=True
             )
-        fused = {"fused_backward": True}
-        for accumulate in (1, 2):
-            cases[f"{mode}-fused-{accumulate}"] = Case(mode, fused, accumulate=accumulate, dtype=torch.float64)
-        cases[f"{mode}-fused-twice"] = Case(mode, fused, model=Twice, dtype=torch.float64)
-        cases[f"{mode}-fused-branches"] = Case(mode, fused, model=Branches, dtype=torch.float64)
+        cases |= _fused(mode)
         cases[f"{mode}-int8-weights"] = Case(mode, {"weight_storage": "int8"}, tolerance=0.02)
         cases[f"{mode}-int8-accumulator"] = Case(mode, {"accumulator_storage": "int8"}, accumulate=2, tolerance=0.03)
         gap = {"rank": 8, "update_proj_gap": 20}
@@ -308,6 +304,16 @@ def _cases() -> dict[str, Case]:
     cases["step-norms"] = Case("step", dtype=torch.float64, norms=True)
     cases["step-clip"] = Case("step", {"clip_weight_norm": 0.02}, dtype=torch.float64)
     return cases
+
+
+def _fused(mode: str) -> dict[str, Case]:
+    fused, exact = {"fused_backward": True}, torch.float64
+    return {
+        f"{mode}-fused-1": Case(mode, fused, dtype=exact),
+        f"{mode}-fused-2": Case(mode, fused, accumulate=2, dtype=exact),
+        f"{mode}-fused-twice": Case(mode, fused, model=Twice, dtype=exact),
+        f"{mode}-fused-branches": Case(mode, fused, model=Branches, dtype=exact),
+    }
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -29,6 +29,9 @@ CUTS = {
     "even-full": (0, 0, 0),
 }
 
+#: Numbers that announce a refresh.
+HEADER = 27
+
 
 def ours(results: Results, name: str, rank: int) -> list[Calls]:
     """Calls of each step that a bare optimizer would not make."""
@@ -87,8 +90,9 @@ def test_a_refresh_gathers_each_gradient_once_and_shares_its_basis(sharded: Resu
             here = sum(count for (call, _), count in extra.items() if call == "gather_")
             assert all(size in shapes for call, size in extra if call == "gather_")
             gathers += here
-            headers += extra["broadcast_", 25]
-            bases += sum(size * n for (call, size), n in extra.items() if call == "broadcast_" and size not in (25, 1))
+            headers += extra["broadcast_", HEADER]
+            sent = {size: count for (call, size), count in extra.items() if call == "broadcast_"}
+            bases += sum(size * count for size, count in sent.items() if size not in (HEADER, 1))
         assert gathers == headers == refreshes >= 6
         per_refresh = {s.shape: sum(math.prod(basis) for basis in s.basis_shapes) for s in shapes.values()}
         states = zip(low_ranks(name), run.state.values(), strict=True)
