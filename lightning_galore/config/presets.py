@@ -217,3 +217,30 @@ SCHEDULE_SETTINGS = (
 #: Modules whose weights have heads along their rows: queries, keys and values, as models name them.
 HEADED = r"(?:.*\.)?(?:[qkv]_proj|[qkv]_lin|query|key|value|to_[qkv]|w[qkv])"
 CLASS_PREFIX = "class:"  # how a module class is written as a string: "class:torch.nn.Linear"
+#: Those of them that are written None while they are open.
+NONE_IS_OPEN = (
+    "update_proj_gap",
+    "stagger",
+    "stochastic_round",
+    "random_after",
+    "tracking_rho",
+    "scale",
+    "reset_gap",
+    "reset_warmup",
+)
+#: The words of each axis.
+CHOICES: dict[str, Any] = {
+    "proj_type": ProjType,
+    "mode": Mode,
+    "subspace": SubspaceName,
+    "schedule": ScheduleName,
+    "moments": MomentsName,
+    "rank_rule": RankRuleName,
+    "lift": LiftName,
+    "transform": TransformName,
+    "basis_storage": BasisStorage,
+    "basis_placement": BasisPlacement,
+    "weight_storage": WeightStorage,
+    "moment_storage": MomentStorage,
+    "accumulator_storage": AccumulatorStorage,
+}

@@ -18,11 +18,13 @@ from lightning_galore.config.checks import (
 )
 from lightning_galore.config.presets import (
     AUTO,
+    CHOICES,
     DRAWN,
     GROUP_KEYS,
     HEADED,
     METHODS,
     NEEDED,
+    NONE_IS_OPEN,
     OPEN,
     RESETS,
     WHY,
@@ -232,7 +234,7 @@ class GaLoreConfig:
         check_schedule(self)
         check_subspace(self)
         check_resets(self)
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
         for name in ("fix_signs", "fused_backward", "stagger", "stochastic_round"):
             check_bool(name, getattr(self, name))
@@ -373,32 +375,5 @@ class GaLoreConfig:
             >>> GaLoreConfig(rank=8).with_settings(method="galore").subspace
             'svd'
         """
-        opened = {axis: None if axis in _NONE_IS_OPEN else "auto" for axis in self._opened}
+        opened = {axis: None if axis in NONE_IS_OPEN else "auto" for axis in self._opened}
         return dataclasses.replace(self, **{**opened, **settings})
-
-
-_NONE_IS_OPEN = (
-    "update_proj_gap",
-    "stagger",
-    "stochastic_round",
-    "random_after",
-    "tracking_rho",
-    "scale",
-    "reset_gap",
-    "reset_warmup",
-)
-_CHOICES: dict[str, Any] = {
-    "proj_type": ProjType,
-    "mode": Mode,
-    "subspace": SubspaceName,
-    "schedule": ScheduleName,
-    "moments": MomentsName,
-    "rank_rule": RankRuleName,
-    "lift": LiftName,
-    "transform": TransformName,
-    "basis_storage": BasisStorage,
-    "basis_placement": BasisPlacement,
-    "weight_storage": WeightStorage,
-    "moment_storage": MomentStorage,
-    "accumulator_storage": AccumulatorStorage,
-}
