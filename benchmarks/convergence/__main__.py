@@ -20,7 +20,7 @@ from benchmarks.convergence.runner import Experiment, Spec, save_gradients
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.sweep import RATES, SEEDS, Sweep, carry_out
 from benchmarks.convergence.table import FULL_RANK, report_of, rows_of
-from benchmarks.convergence.variants import VARIANTS, why_not
+from benchmarks.convergence.variants import BASELINE, PRESETS, VARIANTS, why_not
 
 _RUNS = Path("runs") / "convergence.jsonl"
 _GRADIENTS_LR = 1.5e-3
@@ -39,16 +39,19 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(args)
     torch.set_num_threads(chosen.threads)
     size = SIZES[chosen.size]
+    chosen.variants = chosen.variants or list(PRESETS if chosen.presets else VARIANTS)
+    chosen.baseline = chosen.baseline or (FULL_RANK if chosen.presets else BASELINE)
     where = machine.describe(torch.device("cpu"), threads=chosen.threads)
     try:
         experiment = Experiment(size=size, rank=chosen.rank or size.rank, steps=chosen.steps)
-        skipped = {name: reason for name in chosen.variants if (reason := _reason(name, experiment.rank))}
+        skipped = {name: reason for name in chosen.variants if (reason := _reason(name, experiment))}
         sweep = Sweep(
             experiment=experiment,
             text=load_text(chosen.text),
             variants=tuple(name for name in chosen.variants if name not in skipped),
             seeds=tuple(chosen.seeds),
             rates=tuple(chosen.rates),
+            baseline=chosen.baseline,
         )
         share = _share(chosen.shard)
     except (OSError, ValueError) as error:
@@ -67,8 +70,9 @@ def main(args: Sequence[str] | None = None) -> int:
     return max(_tell(chosen, sweep, store, where, [*lines, *failures]), 1 if failures else 0)
 
 
-def _reason(name: str, rank: int) -> str | None:
-    return why_not(VARIANTS[name], rank=rank) if name in VARIANTS else None
+def _reason(name: str, experiment: Experiment) -> str | None:
+    variant = VARIANTS.get(name)
+    return why_not(variant.of_length(experiment.steps), rank=experiment.rank) if variant else None
 
 
 def _share(shard: str) -> slice:
@@ -80,7 +84,8 @@ def _share(shard: str) -> slice:
 
 
 def _tell(chosen: argparse.Namespace, sweep: Sweep, store: Store, where: dict[str, Any], left_out: list[str]) -> int:
-    name = "convergence" if chosen.size == "small" else f"convergence-{chosen.size}"
+    name = "presets" if chosen.presets else "convergence"
+    name += "" if chosen.size == "small" else f"-{chosen.size}"
     try:
         report = report_of(sweep, store, name=name, machine=where, left_out=left_out)
     except ValueError as error:
@@ -123,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Variants: " + "; ".join(f"{name} ({variant.text})" for name, variant in VARIANTS.items()),
     )
     add = parser.add_argument
-    add("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help="which; all by default")
+    add("--variants", nargs="+", metavar="NAME", help="which; all by default")
+    add("--presets", action="store_true", help="one variant a preset, beside full-rank AdamW; a report of their own")
+    add("--baseline", metavar="NAME", help=f"what the others are compared with (default: {BASELINE}, or {FULL_RANK})")
     add(
         "--seeds",
         nargs="+",

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.convergence.data import Text
 from benchmarks.convergence.runner import Experiment, Result, Spec, train
 from benchmarks.convergence.store import Run, Store
-from benchmarks.convergence.variants import VARIANTS
+from benchmarks.convergence.variants import BASELINE, VARIANTS
 
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2, 3, 4)
@@ -83,6 +83,7 @@ class Sweep:
         variants: Their names.
         seeds: The first tunes the learning rate and is reported by itself; the mean is over the others.
         rates: The grid, ascending.
+        baseline: The variant that the others are compared with, seed by seed.
     """
 
     experiment: Experiment
@@ -90,9 +91,10 @@ class Sweep:
     variants: tuple[str, ...]
     seeds: tuple[int, ...] = SEEDS
     rates: tuple[float, ...] = RATES
+    baseline: str = BASELINE
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.variants if name not in VARIANTS]
+        unknown = [name for name in (*self.variants, self.baseline) if name not in VARIANTS]
         if unknown:
             raise ValueError(f"variants={unknown} are not known; choose among {', '.join(VARIANTS)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -104,7 +106,7 @@ class Sweep:
         """One run of the sweep."""
         return Spec(
             experiment=self.experiment,
-            variant=VARIANTS[variant],
+            variant=VARIANTS[variant].of_length(self.experiment.steps),
             lr=lr,
             seed=seed,
             text_sha256=self.text.sha256,

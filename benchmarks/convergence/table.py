@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.convergence.store import Run, Store
 from benchmarks.convergence.sweep import Sweep
-from benchmarks.convergence.variants import BASELINE, VARIANTS
+from benchmarks.convergence.variants import VARIANTS
 from benchmarks.results import Report, Table
 
 FULL_RANK = "adamw"  # whose optimizer time is 1
@@ -61,7 +61,7 @@ def rows_of(sweep: Sweep, store: Store) -> list[Row]:
         sweep: The comparison.
         store: Its finished runs, and perhaps others.
     """
-    baseline = losses_by_seed(sweep.seed_runs(BASELINE, store))
+    baseline = losses_by_seed(sweep.seed_runs(sweep.baseline, store))
     unit = _optimizer_seconds(_runs(sweep, FULL_RANK, store))
     rows = [_row(sweep, store, name, baseline, unit) for name in sweep.variants if _runs(sweep, name, store)]
     return sorted(rows, key=lambda row: (math.inf if row.mean is None else row.mean, row.tuning_loss or math.inf))
@@ -87,7 +87,7 @@ def _row(sweep: Sweep, store: Store, name: str, baseline: Mapping[int, float | N
     finite = [loss for loss in losses.values() if loss is not None]
     whole = len(finite) == len(losses)
     own = _optimizer_seconds(runs)
-    difference, error = paired(losses, baseline) if name != BASELINE and whole else (None, None)
+    difference, error = paired(losses, baseline) if name != sweep.baseline and whole else (None, None)
     counted = [run.result.refreshes for run in runs if run.result.refreshes is not None]
     return Row(
         variant=name,
@@ -133,7 +133,7 @@ _HEADER = (
     "loss, mean",
     "+- sd",
     "seeds",
-    f"minus {BASELINE}",
+    "minus {baseline}",
     "+- se",
     "lr",
     "tuning loss",
@@ -149,7 +149,7 @@ def table_of(sweep: Sweep, rows: Sequence[Row]) -> Table:
     return Table(
         title=f"Validation loss, nats a byte: LLaMA h={plan.size.hidden}, {plan.size.layers} layers, "
         f"rank {plan.rank}, {plan.steps} steps of {plan.batch} x {plan.length} bytes",
-        header=_HEADER,
+        header=tuple(title.format(baseline=sweep.baseline) for title in _HEADER),
         rows=[_cells(row) for row in rows],
     )
 
@@ -207,7 +207,7 @@ def report_of(
             {
                 **asdict(row),
                 "kind": VARIANTS[row.variant].kind,
-                "settings": dict(VARIANTS[row.variant].settings),
+                "settings": dict(VARIANTS[row.variant].of_length(sweep.experiment.steps).settings),
                 "text": VARIANTS[row.variant].text,
                 "runs": [asdict(run) for run in _runs(sweep, row.variant, store)],
             }
@@ -221,7 +221,7 @@ def report_of(
 def _notes(sweep: Sweep, rows: Sequence[Row], store: Store) -> list[str]:
     notes = [
         f"learning rates tuned at seed {sweep.seeds[0]} (its loss stands in 'tuning loss'), means over the other "
-        f"seeds; 'minus {BASELINE}' is taken seed by seed.",
+        f"seeds; 'minus {sweep.baseline}' is taken seed by seed.",
         "state / weights: bytes of optimizer state on the matrices, over their own; optimizer time: CPU time of all "
         "optimizer steps, over full-rank fused AdamW's.",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from benchmarks.convergence.model import matrices
 from lightning_galore import GaLoreConfig, GaLoreOptimizer
+from lightning_galore.config.presets import METHODS
 
 BETAS = (0.9, 0.99)
 EPS = 1e-8
@@ -32,14 +33,16 @@ class Variant:
         kind: Who makes the optimizer; ``galore`` is this package.
         settings: For ``galore`` those of :class:`~lightning_galore.GaLoreConfig`, on top of the rank, ``scale=1`` and
             the gap ``GAP``.
+        shares: Settings in steps that go with the length of the run, as shares of it.
         text: What it is, for the table's reader.
-        moments_in_8bit: Whether bitsandbytes' AdamW8bit is wrapped instead of torch's AdamW; for ``galore``.
+        moments_in_8bit: Whether bitsandbytes' AdamW8bit takes the place of torch's AdamW; for ``galore`` and ``adamw``.
         bf16: Whether all weights are in bf16 alone.
         sgd: Whether torch's SGD is wrapped instead, over the matrices alone, with AdamW for the others; for ``galore``.
     """
 
     kind: Kind
     settings: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
     text: str = ""
     moments_in_8bit: bool = False
     bf16: bool = False
@@ -50,11 +53,30 @@ class Variant:
         """The fields that few variants have, where they have them: older runs know nothing of them."""
         return {name: True for name in ("moments_in_8bit", "bf16", "sgd") if getattr(self, name)}
 
+    def of_length(self, steps: int) -> Variant:
+        """The variant in a run of ``steps`` optimizer steps: shares become steps, at least one."""
+        scaled = {name: max(1, round(share * steps)) for name, share in self.shares.items()}
+        return replace(self, settings={**self.settings, **scaled}, shares={})
+
 
 def _galore(
-    text: str, *, moments_in_8bit: bool = False, bf16: bool = False, sgd: bool = False, **settings: Any
+    text: str,
+    *,
+    shares: Mapping[str, float] | None = None,
+    moments_in_8bit: bool = False,
+    bf16: bool = False,
+    sgd: bool = False,
+    **settings: Any,
 ) -> Variant:
-    return Variant(kind="galore", settings=settings, text=text, moments_in_8bit=moments_in_8bit, bf16=bf16, sgd=sgd)
+    return Variant(
+        kind="galore",
+        settings=settings,
+        shares=shares or {},
+        text=text,
+        moments_in_8bit=moments_in_8bit,
+        bf16=bf16,
+        sgd=sgd,
+    )
 
 
 def _changed(text: str, **settings: Any) -> Variant:
@@ -64,6 +86,7 @@ def _changed(text: str, **settings: Any) -> Variant:
 
 VARIANTS: dict[str, Variant] = {
     "adamw": Variant(kind="adamw", text="torch AdamW, full rank"),
+    "adamw-8bit": Variant(kind="adamw", text="bitsandbytes' AdamW8bit, full rank", moments_in_8bit=True),
     "muon": Variant(kind="muon", text="torch Muon, momentum 0.95, updates as large as AdamW's"),
     "soap": Variant(kind="soap", text="SOAP, betas 0.95, a new eigenbasis every 10 steps"),
     "galore-torch": Variant(kind="galore-torch", text="galore_torch 1.0, its AdamW"),
@@ -93,8 +116,10 @@ VARIANTS: dict[str, Variant] = {
     "bf16-stochastic": _galore("the same, rounded stochastically", bf16=True, stochastic_round=True),
     "track-1": _galore("tracked basis, every step", method="galore-track", update_proj_gap=1),
     "track-5": _galore("tracked basis, every 5 steps", method="galore-track", update_proj_gap=5),
-    "spam": _galore("the defaults, SPAM's clipping and resets", method="spam", reset_gap=200, reset_warmup=20),
-    "stable-spam": _galore("the defaults, Stable-SPAM", method="stable-spam", reset_gap=200),
+    "spam": _galore(
+        "the defaults, SPAM's clipping and resets", method="spam", shares={"reset_gap": 0.5, "reset_warmup": 0.05}
+    ),
+    "stable-spam": _galore("the defaults, Stable-SPAM", method="stable-spam", shares={"reset_gap": 0.5}),
     "track-stable-spam": _galore(
         "tracked basis, every step, Stable-SPAM without resets",
         method="galore-track",
@@ -111,7 +136,7 @@ VARIANTS: dict[str, Variant] = {
     "frugal": _galore("FRUGAL, columns at random, signs of the rest", method="frugal"),
     "frugal-block": _galore("the same, a block of columns", method="frugal", subspace="block"),
     "frugal-svd": _galore("the same, singular vectors", method="frugal", subspace="svd"),
-    "golore": _galore("GoLore, random bases after 320 steps", method="golore", random_after=320),
+    "golore": _galore("GoLore, random bases in the last fifth", method="golore", shares={"random_after": 0.8}),
     "swan": _galore("whitened in the subspace, over SGD", method="swan", sgd=True),
     "apollo": _galore("full gradient, scaled by channel in a random subspace", method="apollo"),
     "apollo-reset": _galore("the same, moments begin anew", method="apollo", moments="reset"),
@@ -122,7 +147,26 @@ VARIANTS: dict[str, Variant] = {
     ),
     "q-apollo": _galore("scaled by channel, int8 weights", method="q-apollo"),
     "fira": _galore("exact SVD, moments kept, and the scaled residual", method="fira"),
+    "galore-8bit": _galore("as published, 8-bit moments", method="galore-8bit", moments_in_8bit=True),
 }
+_SAME_ON_MATRICES = {"tensor-galore": "galore"}  # presets that are another's twin where every weight is a matrix
+_OF_THE_COMPARISON = ("rank", "scale", "update_proj_gap")  # that a preset may say otherwise
+
+
+def _preset(name: str) -> Variant:
+    row = {key: METHODS[name][key] for key in _OF_THE_COMPARISON if key in METHODS[name]}
+    return _galore(f"method={name!r}", method=name, **row)
+
+
+# A preset that is compared as it comes needs no line above.
+VARIANTS |= {name: _preset(name) for name in METHODS if name not in VARIANTS and name not in _SAME_ON_MATRICES}
+#: Every preset, between full rank and the defaults: ``--presets``.
+PRESETS: tuple[str, ...] = (
+    "adamw",
+    "adamw-8bit",
+    "default",
+    *(name for name in METHODS if name not in _SAME_ON_MATRICES),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +266,7 @@ def _adamw8bit(groups: list[dict[str, Any]]) -> Optimizer:
 
 
 def _full_rank(variant: Variant, task: Task) -> list[Optimizer]:
-    return [_adamw(task.groups())]
+    return [_adamw8bit(task.groups()) if variant.moments_in_8bit else _adamw(task.groups())]
 
 
 def _muon(variant: Variant, task: Task) -> list[Optimizer]:
