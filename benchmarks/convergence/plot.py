@@ -32,10 +32,7 @@ def picture(sweep: Sweep, store: Store, rows: Sequence[Row], *, headline: str) -
     curves, dots = figure.subplots(1, 2)
     _curves(curves, sweep, store, [row for row in rows if row.losses])
     _dots(dots, rows, sweep.baseline)
-    size = sweep.experiment.size
-    figure.suptitle(
-        f"Byte-level LLaMA h={size.hidden}, {size.layers} layers, rank {sweep.experiment.rank}; {sweep.text.name}"
-    )
+    figure.suptitle(f"{sweep.experiment.title}; {sweep.text.name}", fontsize=9)
     figure.supxlabel(headline, fontsize=7)
     return figure
 
@@ -48,7 +45,7 @@ def _curves(axes: Axes, sweep: Sweep, store: Store, rows: Sequence[Row]) -> None
             points = _mean_curve(list(sweep.seed_runs(row.variant, store).values()))
             style = "--" if VARIANTS[row.variant].kind != "galore" else "-"
             axes.plot([step for step, _ in points], [loss for _, loss in points], style, marker=".", label=row.variant)
-    axes.set(xlabel="optimizer steps", ylabel="validation loss, nats a byte")
+    axes.set(xlabel="optimizer steps", ylabel="validation loss")
     axes.grid(alpha=0.3)
     if rows:
         axes.legend(fontsize=8)
