@@ -161,9 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the first tunes the learning rate (default: 0 1 2 3 4)",
     )
     add("--rates", nargs="+", type=float, help="grid of learning rates, ascending")
-    add(
-        "--extra", type=int, default=MOST_EXTRA, help=f"learning rates beyond the grid, at most (default: {MOST_EXTRA})"
-    )
+    add("--extra", type=int, default=MOST_EXTRA, help=f"at most so many rates beyond the grid (default: {MOST_EXTRA})")
     add("--task", choices=[LANGUAGE, *glue.NAMES], default=LANGUAGE, help=f"a language model ({LANGUAGE}), or of GLUE")
     add("--steps", type=int, help="optimizer steps of a run (default: 400, of GLUE 40)")
     add("--layers", type=int, default=6, help="of MiniLM that are kept, from the first (GLUE; default: 6)")

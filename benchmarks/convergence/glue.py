@@ -179,7 +179,7 @@ def train(spec: Spec, rows: Rows, *, watch: Watch | None = None) -> Result:
             loss_of=_loss,
             batches=batches(rows.train, size=plan.batch, seed=spec.seed),
             judge=lambda: _judge(model, rows.validation),
-            ignorant=math.log(rows.classes),
+            ignorant=2 * math.log(rows.classes),  # short of that it may only be too sure of itself
         )
         return carry_through(spec, trial, watch=watch)
 

@@ -106,7 +106,7 @@ class Result:
 
     Args:
         loss: Validation loss at the end, nats a byte; None if the run diverged to NaN.
-        diverged: Whether it ended above the loss of a model that knows nothing.
+        diverged: Whether it ended above the loss that :class:`Trial` calls ``ignorant``.
         curve: ``(steps done, validation loss)``.
         train_curve: ``(steps done, mean training loss since the last point)``.
         refreshes: Of a weight's basis, mean over the matrices; None where the optimizer counts none.
@@ -140,7 +140,7 @@ class Trial:
         loss_of: Mean loss of the model on a batch.
         batches: At least as many as there are steps.
         judge: Validation loss, and the share of right answers or None.
-        ignorant: Loss of a model that knows nothing: above it a run has diverged.
+        ignorant: Above this loss, that of a model that knows nothing or worse, a run has diverged.
     """
 
     model: nn.Module
