@@ -13,14 +13,15 @@ from torch import Tensor
 from lightning_galore import storage
 from lightning_galore.bases import StoredBases
 from lightning_galore.distributed import Team
-from lightning_galore.moments import Change
+from lightning_galore.mode_change import change_between
 from lightning_galore.refresh import REPORTED, Due, Refresh, Refresher
 from lightning_galore.targets import Target
 
 # How a basis is kept, as a number in the header.
 _KINDS = ("int4", "int8", "fp32", "bf16", "fp16", "fp64")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_FIXED = 9  # numbers in the header before the spectrum
+_MOST_BASES = 8  # of one weight: a tensor has one for each mode
+_FIXED = 7 + _MOST_BASES  # numbers in the header before the spectrum
 
 
 class Agreement:
@@ -98,18 +99,18 @@ class Agreement:
             return None
         parts = tuple(
             storage.allocate(shape, storage=_KINDS[int(kind)], device=one.grad.device)
-            for shape, kind in zip(one.target.projection.with_rank(rank).basis_shapes, header[5:7], strict=False)
+            for shape, kind in zip(one.target.projection.with_rank(rank).basis_shapes, header[7:_FIXED], strict=False)
         )
         return StoredBases(parts=parts, orthonormal=self._refresher.subspace.orthonormal)
 
     def _received(self, header: Sequence[float], bases: StoredBases | None, one: Due) -> Refresh:
-        found, finite, _, overlap, cosine, _, _, changes, count = header[:_FIXED]
+        found, finite, _, overlap, cosine, changes, count = header[: _FIXED - _MOST_BASES]
         change = None
         if bases is not None:
             self._refresher.note_rank(one.target, bases.rank)
         if bases is not None and changes:
             old, new = one.state.bases.read(one.grad.dtype), bases.read(one.grad.dtype)
-            change = Change.between(old, new, one.target.projection.side)
+            change = change_between(old, new, one.target.projection)
         return Refresh(
             bases=bases,
             found=bool(found),
@@ -136,8 +137,9 @@ def _header(refresh: Refresh | None, device: torch.device) -> Tensor:
     if refresh is not None:
         kinds = [_kind(part) for part in refresh.bases.parts] if refresh.bases else []
         rank = refresh.bases.rank if refresh.bases else 0
-        fixed = [refresh.found, refresh.finite, rank, refresh.overlap, refresh.cosine, *(kinds + [0, 0])[:2]]
-        numbers = [*fixed, refresh.change is not None, len(refresh.spectrum), *refresh.spectrum]
+        fixed = [refresh.found, refresh.finite, rank, refresh.overlap, refresh.cosine, refresh.change is not None]
+        kinds += [0] * (_MOST_BASES - len(kinds))
+        numbers = [*fixed, len(refresh.spectrum), *kinds, *refresh.spectrum]
         header[: len(numbers)] = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
     return header.to(device)
 

@@ -120,6 +120,7 @@ class Projector:
 
     def _due_one(self, param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> Due:
         target, state = self._targets[param], self.state_of(param)
+        grad = state.projection.unfold(grad)
         return Due(grad=grad, target=target, state=state, group=group, sharding=self.sharding_of(param))
 
     def sharding_of(self, param: Tensor) -> Sharding | None:
@@ -158,12 +159,9 @@ class Projector:
 
     def prepare(self, param: Tensor, group: Mapping[str, Any], *, due: bool) -> LowGrad:
         """Project ``param.grad`` ``(m, n)``, with a new basis if one is due. Changes nothing but what it returns."""
-        grad, target, state = param.grad, self._targets[param], self.state_of(param)
-        assert grad is not None
-        if grad.is_sparse:
-            raise ValueError(
-                f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
-            )
+        target, state = self._targets[param], self.state_of(param)
+        assert param.grad is not None
+        grad = state.projection.unfold(param.grad)
         refresh, sharding = None, self.sharding_of(param)
         more = self.lift.left_over(state.lift_entries) if self.lift.leaves_over else None
         if due:
@@ -178,7 +176,7 @@ class Projector:
             divide = self.config.basis_placement == "shard"
             refresh = replace(refresh, bases=sharding.at_rest(refresh.bases, target.projection.side, divide=divide))
         stored = refresh.bases if refresh and refresh.bases else state.bases
-        projection = target.projection.with_rank(stored.rank)
+        projection = state.projection.with_rank(stored.rank)
         coordinates = Coordinates(projection, stored, sharding, dtype=grad.dtype)
         low = coordinates.project(grad)
         if more is not None:

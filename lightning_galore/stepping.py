@@ -47,7 +47,7 @@ class Stepper:
         if penalty:
             low_grad.grad.add_(low_grad.coordinates.project(param.detach()), alpha=penalty)
             if low_grad.full is not None:
-                low_grad.full = low_grad.full.add(param.detach(), alpha=penalty)
+                low_grad.full = low_grad.full.add(low_grad.projection.unfold(param.detach()), alpha=penalty)
         carried = self._projector.carried(param, low_grad, group)
         if low_grad.coordinates.gathers:  # not of all weights until they have stepped
             low_grad.coordinates.let_go()
@@ -123,7 +123,8 @@ class Stepper:
             ascends=bool(group.get("maximize")),
             entries=state.lift_entries if lift.needs_grad else {},
         )
-        with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
+        rounded = self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step)
+        with rounded as wide, projection.opened(wide) as weight:
             lift.apply_(weight, update, projection, coordinates.bases, scale=scale, shrink=self._shrink(group, 1.0))
         if update.entries:
             self._projector.state_of(swap.param).keep_lift_entries(update.entries)

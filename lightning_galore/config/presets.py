@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+#: A width, a fraction, or (of a tensor) a width for each mode.
+Rank: TypeAlias = int | float | tuple[int, ...]
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 SubspaceName = Literal[
-    "auto", "randomized", "svd", "gram", "power", "track", "gaussian", "random_orthonormal", "columns"
+    "auto", "randomized", "svd", "gram", "power", "track", "gaussian", "random_orthonormal", "columns", "tucker"
 ]
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["fixed", "energy", "noise_edge"]
@@ -19,7 +21,7 @@ MomentStorage = Literal["auto", "base", "8bit"]
 AccumulatorStorage = Literal["param", "fp32", "bf16", "int8"]
 BasisPlacement = Literal["replicate", "shard"]
 Mode = Literal["step", "project", "layerwise"]
-Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore"]
+Method = Literal["galore", "galore2", "galore-track", "galore-8bit", "q-galore", "tensor-galore"]
 
 #: What an axis is where neither the user nor a method says anything.
 AUTO: dict[str, Any] = {
@@ -64,6 +66,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "moment_storage": "8bit",
         "stochastic_round": True,
     },
+    # arXiv 2501.02379: weights of order > 2 in Tucker's coordinates.
+    "tensor-galore": {"subspace": "tucker", "schedule": "fixed", "stagger": False, "moments": "keep"},
 }
 #: How an axis is written that is left open.
 OPEN = ("auto", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_galore.config.checks import check_int, check_positive, check_rank, check_share
+from lightning_galore.config.checks import check_int, check_positive, check_share
 
 if TYPE_CHECKING:
     from lightning_galore.config.settings import GaLoreConfig
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 def check_numbers(config: GaLoreConfig) -> None:
     """Refuse ranks, factors and shares out of range."""
-    check_rank("rank", config.rank)
     check_int("seed", config.seed, minimum=0, remedy="use any integer from 0 on")
     check_int("min_rank", config.min_rank, minimum=1, remedy="1 is the least")
     if isinstance(config.rank, int) and config.min_rank > config.rank:
@@ -66,8 +65,20 @@ def check_subspace(config: GaLoreConfig) -> None:
             f"moments={config.moments!r} turns moments from one orthonormal basis to the next, and those of "
             "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
         )
-    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track"):
+    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track", "tucker"):
         raise ValueError(
             f"rank_rule={config.rank_rule!r} looks at singular values of the gradient, which "
             f"subspace={config.subspace!r} does not find; use rank_rule='fixed', or a subspace such as 'randomized'."
         )
+    if config.subspace == "tucker" and config.lift != "project_back":
+        raise ValueError(
+            f"lift={config.lift!r} with subspace='tucker': it is defined for matrices. Use lift='project_back', or "
+            "another subspace, with which a weight of order > 2 is folded into a matrix."
+        )
+    if config.subspace != "tucker":
+        for rank in (config.rank, *(rank for _, rank in config.rank_patterns)):
+            if isinstance(rank, tuple):
+                raise ValueError(
+                    f"rank={rank} names a rank for each mode, which subspace={config.subspace!r} does not know; use "
+                    "subspace='tucker', or one rank."
+                )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 
 from lightning_galore.config.checks import (
     as_patterns,
+    as_rank,
     as_rank_pattern,
     check_bool,
     check_choice,
@@ -29,6 +30,7 @@ from lightning_galore.config.presets import (
     MomentsName,
     MomentStorage,
     ProjType,
+    Rank,
     RankRuleName,
     ScheduleName,
     SubspaceName,
@@ -43,7 +45,9 @@ class GaLoreConfig:
 
     Args:
         rank: Width ``r`` of the gradient subspace, or as a fraction in (0, 1) of the weight's short side. A weight
-            with ``min(m, n) <= rank`` would save nothing and stays full-rank.
+            with ``min(m, n) <= rank`` would save nothing and stays full-rank. With ``subspace="tucker"``, for a weight
+            of order > 2: the rank of every mode, a tuple with one for each, or the share of the weight's entries that
+            core and bases have together.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace (``T`` in the paper). None is
             what ``method`` says, else 200.
         scale: Factor on the projected-back update (``alpha`` in the paper).
@@ -55,14 +59,18 @@ class GaLoreConfig:
         target_modules: Which modules' weights are projected: ``"all-linear"`` (every ``nn.Linear`` but the output head
             and what is tied to an embedding), a regular expression that must match the whole module name, or a list of
             substrings, expressions and module classes (``torch.nn.Linear``, or ``"class:torch.nn.Linear"`` in YAML).
+            An embedding is projected where one of them names nothing but embeddings.
         ignore_modules: Modules to leave out, written like a list for ``target_modules``.
         method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized), ``galore-track``
             (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
-            moments) or ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap). Settings you name win.
+            moments), ``q-galore`` (int8 weights, int4 bases, 8-bit moments, adaptive gap) or ``tensor-galore``
+            (convolutions along each mode). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
-            orthonormal). ``auto`` is what ``method`` says, else ``randomized``.
+            orthonormal), ``tucker`` (weights of order > 2 along each mode; ``svd`` for matrices). ``auto`` is what
+            ``method`` says, else ``randomized``. With any but ``tucker`` a weight of order > 2 is folded into the
+            matrix of its first dimension and the others.
         schedule: When a basis is refreshed. ``fixed``: every gap; ``adaptive``: the gap follows the overlap of old and
             new bases; ``cos``: Q-GaLore's rule; ``energy``: when the basis no longer holds enough of the gradient.
         stagger: Spread the refreshes of the weights over the gap, so that no step refreshes all of them. None is what
@@ -125,7 +133,7 @@ class GaLoreConfig:
         'svd'
     """
 
-    rank: int | float = 128
+    rank: Rank = 128
     update_proj_gap: int | None = None
     scale: float = 0.25
     proj_type: ProjType = "std"
@@ -147,7 +155,7 @@ class GaLoreConfig:
     rank_rule: RankRuleName = "fixed"
     rank_energy: float = 0.9
     min_rank: int = 1
-    rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
+    rank_pattern: Mapping[str, Rank] | Sequence[tuple[str, Rank]] | None = None
     state_budget: int | None = None
     tracking_rho: float = 0.7
     lift: LiftName = "project_back"
@@ -168,6 +176,8 @@ class GaLoreConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, (None, *METHODS))
         self._fill_open_axes()
+        object.__setattr__(self, "rank", as_rank("rank", self.rank))
+        object.__setattr__(self, "rank_pattern", as_rank_pattern("rank_pattern", self.rank_pattern))
         check_numbers(self)
         check_schedule(self)
         check_subspace(self)
@@ -183,7 +193,6 @@ class GaLoreConfig:
                 f'target_modules={target!r} selects nothing; use "all-linear", a regular expression or a list.'
             )
         object.__setattr__(self, "ignore_modules", as_patterns("ignore_modules", self.ignore_modules))
-        object.__setattr__(self, "rank_pattern", as_rank_pattern("rank_pattern", self.rank_pattern))
 
     def _fill_open_axes(self) -> None:
         choices = {**AUTO, **(METHODS[self.method] if self.method else {})}
@@ -216,20 +225,38 @@ class GaLoreConfig:
         low = max(1, gap // 4) if self.min_gap is None else self.min_gap
         return low, 8 * gap if self.max_gap is None else self.max_gap
 
-    def rank_of(self, module: str, shape: tuple[int, int], *, named: int | float | None = None) -> int:
-        """Width of the basis of a weight; under an adaptive rank its upper bound.
+    def rank_named(self, module: str, *, named: Rank | None = None) -> Rank:
+        """The rank of a weight as it was set.
+
+        Args:
+            module: Name of the weight's module.
+            named: The ``rank`` of its param group, which wins.
+        """
+        if named is not None:
+            return as_rank("rank", named)
+        return next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
+
+    def rank_of(self, module: str, shape: tuple[int, int], *, named: Rank | None = None) -> int:
+        """Width of the basis of a matrix; under an adaptive rank its upper bound.
 
         Args:
             module: Name of the weight's module.
             shape: ``(m, n)`` of the weight.
             named: The ``rank`` of its param group, which wins.
+
+        Raises:
+            ValueError: If the rank has an entry for each mode of a tensor.
         """
-        rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.rank)
-        rank = rank if named is None else named
+        rank = self.rank_named(module, named=named)
+        if isinstance(rank, tuple):
+            raise ValueError(
+                f"rank={rank} for {module} of shape {shape}: a matrix has one rank. Give it one by rank_pattern or in "
+                "its param group, or leave it out by ignore_modules."
+            )
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
 
     @property
-    def rank_patterns(self) -> tuple[tuple[str, int | float], ...]:
+    def rank_patterns(self) -> tuple[tuple[str, Rank], ...]:
         """``rank_pattern`` as pairs, as which it is kept."""
         return self.rank_pattern  # type: ignore[return-value]
 

@@ -32,6 +32,7 @@ from lightning_galore.config import (
     MomentsName,
     MomentStorage,
     ProjType,
+    Rank,
     RankRuleName,
     ScheduleName,
     SubspaceName,
@@ -60,7 +61,8 @@ class GaLoreStrategy(BackwardModes):
     as ``strategy="galore"`` when ``lightning_galore`` is imported.
 
     Args:
-        rank: Width of the gradient subspace, or as a fraction of a weight's short side.
+        rank: Width of the gradient subspace, or as a fraction of a weight's short side; of a tensor also one for each
+            mode.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace; None is the method's, else 200.
         scale: Factor on the projected-back update.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
@@ -68,8 +70,10 @@ class GaLoreStrategy(BackwardModes):
             layerwise (moves the weights in backward too).
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
-        method: A preset by name: galore, galore2, galore-track, galore-8bit or q-galore; settings you name win over it.
-        subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal or gaussian.
+        method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore or tensor-galore; settings you
+            name win over it.
+        subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal, gaussian or
+            tucker (weights of order > 2 along each mode).
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
         refresh_share: Most time that first refreshes may add to a step, as a share of an ordinary optimizer step.
@@ -118,7 +122,7 @@ class GaLoreStrategy(BackwardModes):
 
     def __init__(
         self,
-        rank: int | float = 128,
+        rank: Rank = 128,
         update_proj_gap: int | None = None,
         scale: float = 0.25,
         proj_type: ProjType = "std",
@@ -140,7 +144,7 @@ class GaLoreStrategy(BackwardModes):
         rank_rule: RankRuleName = "fixed",
         rank_energy: float = 0.9,
         min_rank: int = 1,
-        rank_pattern: dict[str, int | float] | None = None,
+        rank_pattern: dict[str, Rank] | None = None,
         state_budget: int | None = None,
         tracking_rho: float = 0.7,
         lift: LiftName = "project_back",

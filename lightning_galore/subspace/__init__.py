@@ -16,7 +16,9 @@ from lightning_galore.subspace.power import Power
 from lightning_galore.subspace.random import Gaussian, RandomOrthonormal
 from lightning_galore.subspace.randomized import Randomized
 from lightning_galore.subspace.svd import SVD, Gram
+from lightning_galore.subspace.tensors import FoldedProjection, TuckerProjection
 from lightning_galore.subspace.track import Track
+from lightning_galore.subspace.tucker import Tucker
 
 SUBSPACES: dict[str, type[Subspace]] = {
     "randomized": Randomized,
@@ -27,16 +29,19 @@ SUBSPACES: dict[str, type[Subspace]] = {
     "columns": Columns,
     "gaussian": Gaussian,
     "random_orthonormal": RandomOrthonormal,
+    "tucker": Tucker,
 }
 
 __all__ = [
     "SIDE_CODES",
     "SUBSPACES",
+    "FoldedProjection",
     "Found",
     "Known",
     "Projection",
     "Side",
     "Subspace",
+    "TuckerProjection",
     "resolve_side",
     "seeded_generator",
 ]
