@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a weight is projected, by its shape and the settings: a matrix by its side, a tensor folded or along its modes."""
+"""How a weight is projected, by shape and settings: a matrix on its side, a tensor folded or along its modes."""
 
 from __future__ import annotations
 

@@ -156,6 +156,7 @@ class Selector:
         patterns = self.config.target_modules
         if patterns == "all-linear":
             return
+        assert not isinstance(patterns, type)  # the configuration has written classes as strings
         for item in [patterns] if isinstance(patterns, str) else [(one,) for one in patterns]:
             hit = [module for name, module in modules if _matches(item, name, module, "target_modules")]
             owned = [[p for p in module._parameters.values() if p is not None and p.ndim > 1] for module in hit]

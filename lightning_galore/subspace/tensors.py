@@ -63,7 +63,7 @@ class FoldedProjection(Projection):
 
 def columns_as_they_lie(weight: Tensor) -> tuple[int, ...]:
     """The dimensions of a tensor but the first from the slowest to the fastest; those of size 1 may stand anywhere."""
-    real = sorted((k for k in range(1, weight.ndim) if weight.shape[k] > 1), key=lambda k: -weight.stride(k))
+    real = sorted((k for k in range(1, weight.ndim) if weight.shape[k] > 1), key=weight.stride, reverse=True)
     rest = iter(real)
     return tuple(next(rest) if weight.shape[k] > 1 else k for k in range(1, weight.ndim))
 
@@ -185,7 +185,7 @@ def _blocks(tensor: Tensor, mode: int) -> tuple[list[int], Tensor | None]:
 
     With the order of the dimensions, from the slowest to the fastest.
     """
-    order = sorted(range(tensor.ndim), key=lambda k: -tensor.stride(k))
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     lying = tensor.permute(order)
     if not lying.is_contiguous():
         return order, None

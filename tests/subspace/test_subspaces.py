@@ -25,11 +25,12 @@ SHARES: dict[str, float | None] = {
     "columns": 0.4,
     "gaussian": None,
     "random_orthonormal": None,
+    "tucker": 1 - 1e-6,  # of a matrix; tensors are in tests/family
 }
-EXACT = ["svd", "gram"]
+EXACT = ["svd", "gram", "tucker"]
 RANDOM = ["gaussian", "random_orthonormal"]
 SEEDED = ["randomized", "power", "track", *RANDOM]
-SPECTRAL = ["randomized", "svd", "gram", "power", "track"]  # those that know singular values
+SPECTRAL = ["randomized", "svd", "gram", "power", "track", "tucker"]  # those that know singular values
 
 
 def test_every_subspace_can_be_named_and_built() -> None:
