@@ -27,7 +27,7 @@ def projection_of(
         ValueError: If the rank has an entry for each mode, and the weight is a matrix or has other modes.
     """
     sizes, rank = tuple(weight.shape), config.rank_named(module, named=named)
-    if config.subspace == "tucker" and weight.ndim > 2:
+    if config.by_modes and weight.ndim > 2:
         ranks = tucker_ranks(sizes, rank)
         if all(r == d for r, d in zip(ranks, sizes, strict=True)):
             return None, f"rank = {rank} reaches every mode: nothing would be saved"

@@ -9,8 +9,20 @@ from typing import Any, Literal, TypeAlias
 Rank: TypeAlias = int | float | tuple[int, ...]
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 SubspaceName = Literal[
-    "auto", "randomized", "svd", "gram", "power", "track", "gaussian", "random_orthonormal", "columns", "tucker"
+    "auto",
+    "randomized",
+    "svd",
+    "gram",
+    "power",
+    "track",
+    "gaussian",
+    "random_orthonormal",
+    "columns",
+    "tucker",
+    "tucker_warm",
 ]
+#: Those that find a basis for each mode of a tensor.
+BY_MODES = ("tucker", "tucker_warm")
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["fixed", "energy", "noise_edge"]
 MomentsName = Literal["auto", "keep", "rotate", "rotate_first", "reset"]
@@ -67,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "stochastic_round": True,
     },
     # arXiv 2501.02379: weights of order > 2 in Tucker's coordinates.
-    "tensor-galore": {"subspace": "tucker", "schedule": "fixed", "stagger": False, "moments": "keep"},
+    "tensor-galore": {"subspace": "tucker_warm", "schedule": "fixed", "stagger": False, "moments": "keep"},
 }
 #: How an axis is written that is left open.
 OPEN = ("auto", None)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_galore.config.checks import check_int, check_positive, check_share
+from lightning_galore.config.presets import BY_MODES
 
 if TYPE_CHECKING:
     from lightning_galore.config.settings import GaLoreConfig
@@ -65,17 +66,17 @@ def check_subspace(config: GaLoreConfig) -> None:
             f"moments={config.moments!r} turns moments from one orthonormal basis to the next, and those of "
             "subspace='gaussian' are not orthonormal; use moments='keep' or 'reset'."
         )
-    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track", "tucker"):
+    if config.adaptive_rank and config.subspace in ("gaussian", "random_orthonormal", "columns", "track", *BY_MODES):
         raise ValueError(
             f"rank_rule={config.rank_rule!r} looks at singular values of the gradient, which "
             f"subspace={config.subspace!r} does not find; use rank_rule='fixed', or a subspace such as 'randomized'."
         )
-    if config.subspace == "tucker" and config.lift != "project_back":
+    if config.by_modes and config.lift != "project_back":
         raise ValueError(
-            f"lift={config.lift!r} with subspace='tucker': it is defined for matrices. Use lift='project_back', or "
-            "another subspace, with which a weight of order > 2 is folded into a matrix."
+            f"lift={config.lift!r} with subspace={config.subspace!r}: it is defined for matrices. Use "
+            "lift='project_back', or another subspace, with which a weight of order > 2 is folded into a matrix."
         )
-    if config.subspace != "tucker":
+    if not config.by_modes:
         for rank in (config.rank, *(rank for _, rank in config.rank_patterns)):
             if isinstance(rank, tuple):
                 raise ValueError(

@@ -18,6 +18,7 @@ from lightning_galore.config.checks import (
 )
 from lightning_galore.config.presets import (
     AUTO,
+    BY_MODES,
     GROUP_KEYS,
     METHODS,
     OPEN,
@@ -68,9 +69,9 @@ class GaLoreConfig:
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``columns`` (the largest columns), ``random_orthonormal``, ``gaussian`` (not
-            orthonormal), ``tucker`` (weights of order > 2 along each mode; ``svd`` for matrices). ``auto`` is what
-            ``method`` says, else ``randomized``. With any but ``tucker`` a weight of order > 2 is folded into the
-            matrix of its first dimension and the others.
+            orthonormal), ``tucker`` (weights of order > 2 along each mode; exact for matrices) or ``tucker_warm`` (the
+            same from the last bases). ``auto`` is what ``method`` says, else ``randomized``. With all the others a
+            weight of order > 2 is folded into the matrix of its first dimension and the rest.
         schedule: When a basis is refreshed. ``fixed``: every gap; ``adaptive``: the gap follows the overlap of old and
             new bases; ``cos``: Q-GaLore's rule; ``energy``: when the basis no longer holds enough of the gradient.
         stagger: Spread the refreshes of the weights over the gap, so that no step refreshes all of them. None is what
@@ -214,6 +215,11 @@ class GaLoreConfig:
         """``update_proj_gap``, which is a number once the configuration is made."""
         assert self.update_proj_gap is not None
         return self.update_proj_gap
+
+    @property
+    def by_modes(self) -> bool:
+        """Whether weights of order > 2 are projected along each mode, instead of folded into a matrix."""
+        return self.subspace in BY_MODES
 
     @property
     def adaptive_rank(self) -> bool:

@@ -72,8 +72,8 @@ class GaLoreStrategy(BackwardModes):
         ignore_modules: Modules to leave out.
         method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore or tensor-galore; settings you
             name win over it.
-        subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal, gaussian or
-            tucker (weights of order > 2 along each mode).
+        subspace: How a basis is found: randomized, svd, gram, power, track, columns, random_orthonormal, gaussian,
+            tucker (weights of order > 2 along each mode), tucker_warm (the same from the last bases).
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
         refresh_share: Most time that first refreshes may add to a step, as a share of an ordinary optimizer step.

@@ -18,7 +18,7 @@ from lightning_galore.subspace.randomized import Randomized
 from lightning_galore.subspace.svd import SVD, Gram
 from lightning_galore.subspace.tensors import FoldedProjection, TuckerProjection
 from lightning_galore.subspace.track import Track
-from lightning_galore.subspace.tucker import Tucker
+from lightning_galore.subspace.tucker import Tucker, WarmTucker
 
 SUBSPACES: dict[str, type[Subspace]] = {
     "randomized": Randomized,
@@ -30,6 +30,7 @@ SUBSPACES: dict[str, type[Subspace]] = {
     "gaussian": Gaussian,
     "random_orthonormal": RandomOrthonormal,
     "tucker": Tucker,
+    "tucker_warm": WarmTucker,
 }
 
 __all__ = [
@@ -41,7 +42,9 @@ __all__ = [
     "Projection",
     "Side",
     "Subspace",
+    "Tucker",
     "TuckerProjection",
+    "WarmTucker",
     "resolve_side",
     "seeded_generator",
 ]

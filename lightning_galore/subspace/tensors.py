@@ -228,8 +228,8 @@ def tucker_ranks(sizes: Sequence[int], rank: int | float | tuple[int, ...]) -> t
     Example:
         >>> tucker_ranks((64, 32, 3, 3), 8)
         (8, 8, 3, 3)
-        >>> tucker_ranks((64, 32, 3, 3), 0.25)
-        (41, 20, 2, 2)
+        >>> tucker_ranks((512, 512, 3, 3), 0.25)
+        (276, 276, 2, 2)
     """
     if isinstance(rank, tuple):
         if len(rank) != len(sizes):

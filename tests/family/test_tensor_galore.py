@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_galore import GaLoreConfig, GaLoreOptimizer, storage
 from lightning_galore.mode_change import change_between
 from lightning_galore.state_keys import BASIS, BASIS_RIGHT, LAYOUT
-from lightning_galore.subspace import Known, Tucker, TuckerProjection, seeded_generator
+from lightning_galore.subspace import Known, Tucker, TuckerProjection, WarmTucker, seeded_generator
 from lightning_galore.subspace.tensors import tucker_ranks
 from tests.family.tensors import MODES, SHAPES, Tensors, give, gradient, wrapped
 from tests.helpers import assert_orthonormal, assert_state_whole, max_difference
@@ -70,6 +70,15 @@ def test_thirty_steps_are_those_of_the_formulas(name: str, rank: Any, mode: Any)
     assert optimizer.targets[weight].projection.layout == ranks
     assert max_difference([weight], [expected(shape, ranks)]) < 1e-6
     assert optimizer.subspaces()[0].num_refreshes == math.ceil(STEPS / GAP)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_bases_that_are_found_anew_are_those_of_the_formulas(name: str, rank: Any) -> None:
+    shape, rank = SHAPES[name], ranks_of(name, rank)
+    settings: dict[str, Any] = {"method": "tensor-galore", "subspace": "tucker", "update_proj_gap": GAP, "scale": 0.5}
+    weight, _ = trained(shape, range(STEPS), rank=rank, **settings)
+    assert max_difference([weight], [expected(shape, tucker_ranks(shape, rank), warm=False)]) < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -144,7 +153,7 @@ def test_a_first_gradient_of_zero_begins_with_unit_vectors_and_is_tried_again() 
 def found(grad: Tensor, ranks: tuple[int, ...], known: Any = None) -> tuple[Tensor, ...]:
     projection = TuckerProjection.of(tuple(grad.shape), ranks)
     generator = seeded_generator(grad.device, seed=0, name="w", draw=0)
-    result = Tucker().find(grad, projection, generator=generator, known=known)
+    result = (Tucker() if known is None else WarmTucker()).find(grad, projection, generator=generator, known=known)
     assert result is not None
     return result.bases
 

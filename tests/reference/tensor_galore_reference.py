@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tests.reference.galore_reference import Adam, Momentum
 
-SWEEPS = 2
-
 
 def unfolding(tensor: Tensor, mode: int) -> Tensor:
     """Mode-k matricisation ``(d_k, prod of the others)``."""
@@ -45,11 +43,11 @@ def signed(basis: Tensor, old: Tensor | None) -> Tensor:
     return basis
 
 
-def tucker_bases(grad: Tensor, ranks: tuple[int, ...], old: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Higher-order orthogonal iteration, from the HOSVD or from the last bases (warm restart)."""
+def tucker_bases(grad: Tensor, ranks: tuple[int, ...], old: dict[int, Tensor], *, warm: bool) -> dict[int, Tensor]:
+    """Higher-order orthogonal iteration: three sweeps from the last bases (warm restart), or one from the HOSVD."""
     modes = [k for k, rank in enumerate(ranks) if rank < grad.shape[k]]
-    bases = dict(old) or {k: leading(unfolding(grad, k), ranks[k]) for k in modes}
-    for _ in range(SWEEPS):
+    bases = (dict(old) if warm else {}) or {k: leading(unfolding(grad, k), ranks[k]) for k in modes}
+    for _ in range(3 if warm else 1):
         for k in modes:
             part = grad
             for j in modes:
@@ -81,6 +79,7 @@ class TensorGaLore:
         rule: The optimizer inside.
         ranks: Of each mode; one that is the mode's size leaves it as it is.
         rotates: Whether the first moment is carried into the new coordinates at a refresh.
+        warm: Whether a refresh begins with the last bases.
         decoupled: Decay of the full weight before its update, factor ``1 - lr * decay``.
         coupled: L2 penalty, added to the gradient after the bases were found.
     """
@@ -92,6 +91,7 @@ class TensorGaLore:
     decoupled: float = 0.0
     coupled: float = 0.0
     rotates: bool = False
+    warm: bool = True
     state: dict[str, Tensor] = field(default_factory=dict)
     bases: dict[int, Tensor] = field(default_factory=dict)
     step: int = 0
@@ -99,7 +99,7 @@ class TensorGaLore:
     def apply_(self, weight: Tensor, grad: Tensor) -> None:
         """One step of the weight, in place."""
         if self.step % self.gap == 0:
-            old, self.bases = self.bases, tucker_bases(grad, self.ranks, self.bases)
+            old, self.bases = self.bases, tucker_bases(grad, self.ranks, self.bases, warm=self.warm)
             if self.rotates and old:
                 for name in self.state:
                     for k in old:

@@ -26,11 +26,12 @@ SHARES: dict[str, float | None] = {
     "gaussian": None,
     "random_orthonormal": None,
     "tucker": 1 - 1e-6,  # of a matrix; tensors are in tests/family
+    "tucker_warm": 1 - 1e-6,
 }
-EXACT = ["svd", "gram", "tucker"]
+EXACT = ["svd", "gram", "tucker", "tucker_warm"]
 RANDOM = ["gaussian", "random_orthonormal"]
 SEEDED = ["randomized", "power", "track", *RANDOM]
-SPECTRAL = ["randomized", "svd", "gram", "power", "track", "tucker"]  # those that know singular values
+SPECTRAL = ["randomized", "svd", "gram", "power", "track", "tucker", "tucker_warm"]  # those that know singular values
 
 
 def test_every_subspace_can_be_named_and_built() -> None:
