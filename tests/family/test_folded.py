@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from typing_extensions import override
 
 from lightning_galore import GaLoreOptimizer, storage
+from lightning_galore.lift import ProjectBack, Update
 from lightning_galore.state_keys import BASIS, LAYOUT
 from lightning_galore.subspace import SUBSPACES, FoldedProjection
 from lightning_galore.subspace.tensors import columns_as_they_lie
@@ -190,6 +192,47 @@ def test_bf16_stochastic_rounding_in_channels_last() -> None:
     run(weight, optimizer, range(3))
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(weight, before)
+
+
+class Looks(ProjectBack):
+    """Wants the full gradient and keeps a part of it, as the lifts of other methods do."""
+
+    needs_grad = True
+    leaves_over = True
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    @override
+    def apply_(self, weight: Tensor, update: Update, *rest: Any, **options: Any) -> None:
+        assert update.grad is not None
+        assert weight.shape == update.grad.shape
+        self.seen.append(update.grad.clone())
+        super().apply_(weight, update, *rest, **options)
+        update.entries["rest"] = torch.zeros_like(update.grad)
+
+    @override
+    def left_over(self, entries: Any) -> Tensor | None:
+        return entries.get("rest")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("mode", ["step", "layerwise"])
+def test_lifts_see_matrices(mode: Any, last: bool) -> None:
+    shape = (6, 5, 3, 3)
+    model, lift = Tensors(shape), Looks()
+    weight = model.weights[0]
+    if last:
+        weight.data = weight.data.to(memory_format=torch.channels_last)
+    base = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.5)
+    optimizer = wrapped(model, base, rank=2, mode=mode)
+    optimizer._projector.lift = lift
+    order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+    for step in range(3):
+        before = weight.detach().clone()
+        run(weight, optimizer, range(step, step + 1))
+        expected = gradient(shape, step) + 0.5 * before  # a coupled decay is in the gradient that a lift sees
+        torch.testing.assert_close(lift.seen[-1], expected.permute(order).reshape(6, 45))
 
 
 # -- a real network ----------------------------------------------------------------------------------------------------
