@@ -322,3 +322,21 @@ def test_a_group_with_a_rank_names_convolutions_too() -> None:
     ]
     optimizer = GaLoreOptimizer(torch.optim.AdamW(groups), model)
     assert {t.name: t.projection.rank for t in optimizer.targets.values()} == {"stem.weight": 3, "grouped.weight": 3}
+
+
+def test_sharded_convolutions_are_refused_by_name() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        model = Tensors((8, 6, 3), dtype=torch.float32)
+        mesh = init_device_mesh("cpu", (1,))
+        model.weights[0] = nn.Parameter(distribute_tensor(model.weights[0].detach(), mesh, [Shard(0)]))
+        with pytest.raises(
+            ValueError, match=r"weights\.0 of shape \(8, 6, 3\) is sharded .*ignore_modules, or use GaLoreDDP"
+        ):
+            wrapped(model, rank=2)
+    finally:
+        dist.destroy_process_group()
