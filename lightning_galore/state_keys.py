@@ -24,10 +24,13 @@ from lightning_galore.targets import Target
 PREFIX = "galore_"
 BASIS = "galore_basis"  # (d, r), or codes for it; the left one for side "full"; or the number that all are drawn from
 BASIS_RIGHT = "galore_basis_right"  # (n, r), or codes; only for side "full"
+# A tensor has a basis for each mode that is projected: those are the first two, whatever mode they are of, then come
+# galore_basis_2, galore_basis_3, ...
 ABSMAX = "_absmax"  # appended to either: the scales of codes
 SOURCE = "galore_source"  # what draws bases from a number: the kind of device, and whether they are orthonormal
 RANK = "galore_rank"  # width of the bases, of which codes do not tell
 SIDE = "galore_side"  # a number of SIDE_CODES
+LAYOUT = "galore_layout"  # of a tensor: its Tucker ranks, or the order of the columns that it was folded into
 STEP = "galore_step"  # updates of this weight done so far
 REFRESHED_AT = "galore_refreshed_at"  # step of the last refresh, -1 while the basis is a stand-in
 REFRESHES = "galore_refreshes"
@@ -182,7 +185,10 @@ class WeightState:
     @property
     def projection(self) -> Projection:
         """The weight's geometry now: under an adaptive rank the target's rank is only the upper bound."""
-        return self._target.with_rank(_saved_rank(self._state)) if self.has_bases else self._target
+        if not self.has_bases:
+            return self._target
+        target = self._target.in_layout(self._state.get(LAYOUT, self._target.layout))
+        return target.with_rank(_saved_rank(self._state))
 
     def record(self, gap: int, *, place: tuple[int, int] | None = None) -> RefreshRecord:
         """What a schedule may know.
@@ -217,6 +223,8 @@ class WeightState:
         if bases is not None:
             self.write_bases(bases)
             self._state[RANK] = bases.rank
+        if self._target.layout:
+            self._state.setdefault(LAYOUT, self._target.layout)
         self._state.update(
             {
                 SIDE: SIDE_CODES[self._target.side],
@@ -246,7 +254,8 @@ class WeightState:
 
 def basis_keys(projection: Projection) -> tuple[str, ...]:
     """Keys of the bases, in the order of ``projection.basis_shapes``."""
-    return (BASIS, BASIS_RIGHT) if projection.side == "full" else (BASIS,)
+    further = (f"{BASIS}_{place}" for place in range(2, len(projection.basis_shapes)))
+    return (BASIS, BASIS_RIGHT, *further)[: len(projection.basis_shapes)]
 
 
 def _saved_rank(saved: Mapping[str, Any]) -> int:
@@ -317,8 +326,15 @@ def _check_geometry(saved: Mapping[str, Any], target: Target, *, adaptive: bool)
             for key, shape in zip(keys, projection.with_rank(rank).basis_shapes, strict=False)
         )
     )
-    if side == projection.side and shapes == fits.basis_shapes:
+    fits = fits.in_layout(saved.get(LAYOUT, fits.layout))
+    if side == projection.side and shapes == fits.basis_shapes and fits.layout == saved.get(LAYOUT, ()):
         return
+    if projection.side == "modes" and side == "modes":
+        raise ValueError(
+            f"The checkpoint's subspace of {target.name} has ranks {saved.get(LAYOUT)}; this run has ranks "
+            f"{projection.layout}. Set rank as in that run, or load its weights only (Module.load_from_checkpoint) and "
+            "start a new run."
+        )
     raise ValueError(
         f"The checkpoint's subspace of {target.name} has rank={rank}, side={side} and bases {shapes}; this run has "
         f"rank={projection.rank}, side={projection.side} and bases {projection.basis_shapes}. Set rank={rank} and the "
