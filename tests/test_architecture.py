@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"grad_norms"}),
     frozenset({"low_grad"}),
     frozenset({"agreement"}),
-    frozenset({"memory", "refresh", "sharded_state"}),
+    frozenset({"memory", "refresh", "saved_state", "sharded_state"}),
     frozenset({"checkpoint_files", "convert", "export", "foreign_state", "state_keys", "untrusted"}),
     frozenset({"targets"}),
     frozenset({"transforms"}),
