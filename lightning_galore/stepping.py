@@ -64,9 +64,10 @@ class Stepper:
             remembered = self._transformed(param, low_grad.grad, self._entries(param, low_grad), carried)
         penalty = self._penalty(group)
         if penalty:
+            decay = low_grad.coordinates.project(param.detach())
             for grad in (low_grad.grad, plain):
                 if grad is not None:
-                    grad.add_(low_grad.coordinates.project(param.detach()), alpha=penalty)
+                    grad.add_(decay, alpha=penalty)
         # Not of all weights until they have stepped; in mode "layerwise" this one steps next.
         late = low_grad.coordinates.gathers and self._config.mode != "layerwise"
         if late or not self._projector.lift.needs_bases:
