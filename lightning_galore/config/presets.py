@@ -122,6 +122,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "apollo": _APOLLO,
     "apollo-mini": {**_APOLLO, "rank": 1, "scale": 128**0.5, "lift": "tensor_scale"},
+    "apollo-svd": {**_APOLLO, "subspace": "svd", "basis_storage": "param"},
     "q-apollo": {**_APOLLO, "weight_storage": "int8", "stochastic_round": True},
     # arXiv 2410.01623
     "fira": {"subspace": "svd", "schedule": "fixed", "stagger": False, "moments": "keep", "lift": "scaled_residual"},
