@@ -137,7 +137,7 @@ VARIANTS: dict[str, Variant] = {
     "swan": _galore("whitened in the subspace, over SGD", method="swan", sgd=True),
     "apollo": _galore("full gradient, scaled by channel in a random subspace", method="apollo"),
     "apollo-reset": _galore("the same, moments begin anew", method="apollo", moments="reset"),
-    "apollo-svd": _galore("the same, moments kept, exact SVD", method="apollo", subspace="svd"),
+    "apollo-svd": _galore("the same, moments kept, exact SVD", method="apollo-svd"),
     "apollo-mini": _galore("full gradient, scaled as a whole, rank 1", method="apollo-mini", rank=1, scale=128**0.5),
     "apollo-mini-reset": _galore(
         "the same, moments begin anew", method="apollo-mini", rank=1, scale=128**0.5, moments="reset"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from benchmarks import choosing, presets
+from benchmarks import presets
 from benchmarks.convergence import __main__ as command
 from benchmarks.convergence import glue
 from benchmarks.convergence.model import matrices
@@ -25,8 +25,7 @@ from benchmarks.options import Options
 from lightning_galore.config import AUTO, METHODS
 from tests.tasks.tiny import build_tiny_model, write_pairs
 
-ROOT = Path(__file__).parents[2]
-#: What a run of some hundred steps must say otherwise than a preset: see docs/choosing.md.
+#: What a run of some hundred steps must say otherwise than a preset.
 SCALED = {"update_proj_gap", "random_after", "reset_gap", "reset_warmup", "head_size"}
 
 
@@ -204,25 +203,6 @@ def test_steps_of_presets_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> No
         for weight in optimizer.targets:
             assert optimizer.state[weight]["galore_step"] == steps
             assert optimizer.state[weight]["galore_refreshes"] == refreshes
-
-
-def test_the_page_has_the_table_of_the_committed_results() -> None:
-    reports = [choosing.newest(name) for name in (choosing.LANGUAGE, choosing.FINE, choosing.STEPS)]
-    table = choosing.table(*reports)
-    assert table in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
-    assert table.count("\n") == 1 + len(PRESETS)
-    changed = json.loads(json.dumps(reports[0]))
-    changed["measurements"][0]["mean"] += 1
-    assert choosing.table(changed, *reports[1:]) != table
-
-
-def test_a_report_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no report 'presets'; run the benchmark"):
-        choosing.newest("presets", tmp_path)
-    for day in ("2020-01-02", "2020-01-01"):
-        (tmp_path / f"{day}-presets.json").write_text(json.dumps({"day": day}))
-    (tmp_path / "2020-01-03-presets-sst2.json").write_text("{}")
-    assert choosing.newest("presets", tmp_path) == {"day": "2020-01-02"}
 
 
 def test_matrices_leave_heads_out(tiny: Path) -> None:
