@@ -23,7 +23,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
-EXTRAS = ("bnb", "recipes", "test", "docs", "dist")
+EXTRAS = ("bnb", "lora", "recipes", "test", "docs", "dist")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
 
 
