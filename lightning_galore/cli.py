@@ -69,6 +69,8 @@ class GaLoreCLI(LightningCLI):
         """Link the arguments that model and data share; classes that lack them are left alone."""
         parser.link_arguments("model.init_args.task", "data.init_args.task")
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.model", "data.init_args.model")
+        parser.link_arguments("data.init_args.vocab_size", "model.init_args.vocab_size")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -20,6 +20,7 @@ from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.glue_tasks import GlueTask, MetricName, TaskName, get_task
 from lightning_galore.tasks.minilm import MINILM, minilm_as_roberta
+from lightning_galore.tasks.optimizing import decay_groups, length_of_run
 
 
 def _spearman() -> Metric:
@@ -188,20 +189,9 @@ class GlueModule(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW in two groups (with and without decay) and a linear warm-up and decay over the whole run."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # biases and normalisations
-        ]
-        optimizer = self.make_optimizer([group for group in groups if group["params"]])
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError(
-                "GlueModule lets the learning rate fall to 0 over the run and so needs its length: "
-                f"set max_epochs or max_steps of the Trainer (now max_epochs={self.trainer.max_epochs}, "
-                f"max_steps={self.trainer.max_steps})."
-            )
+        optimizer = self.make_optimizer(decay_groups(self, self.weight_decay))
+        steps = length_of_run(self)
         schedule = require("transformers").get_linear_schedule_with_warmup(
-            optimizer, num_warmup_steps=math.ceil(self.warmup_ratio * steps), num_training_steps=int(steps)
+            optimizer, num_warmup_steps=math.ceil(self.warmup_ratio * steps), num_training_steps=steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
