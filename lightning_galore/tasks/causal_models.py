@@ -29,12 +29,21 @@ def causal_config(model: str, settings: dict[str, Any]) -> Any:
     Args:
         model: A published size, a folder or a name on the hub.
         settings: Changes to it.
+
+    Raises:
+        OSError: If a folder or a name on the hub cannot be had.
     """
     transformers = require("transformers")
     if published := published_name(model):
         cls, shapes, _ = BUILT_IN[published]
         return getattr(transformers, cls)(**{**shapes, **settings})
-    return transformers.AutoConfig.from_pretrained(model, **settings)
+    try:
+        return transformers.AutoConfig.from_pretrained(model, **settings)
+    except OSError as error:
+        raise OSError(
+            f"model={model!r} cannot be loaded: {str(error).splitlines()[0]} Give a folder, or one of "
+            f"{', '.join(PUBLISHED)} to begin with random weights."
+        ) from error
 
 
 def causal_network(model: str, settings: dict[str, Any], *, from_scratch: bool) -> nn.Module:

@@ -117,7 +117,8 @@ class PackedStream(StatedStream):
                 while len(waiting) >= need:
                     ids = torch.tensor(waiting[:need]).view(self.batch_size, self.block_size)
                     waiting = waiting[need:]
-                    where = {"pass": pass_, "rows": rows.state_dict(), "waiting": waiting}
+                    # A copy: a worker pickles it later, when the list has grown.
+                    where = {"pass": pass_, "rows": rows.state_dict(), "waiting": list(waiting)}
                     yield {"input_ids": ids, "labels": ids}, where
             state = None
             if not found:

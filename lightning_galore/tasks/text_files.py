@@ -14,6 +14,7 @@ Files: TypeAlias = str | list[str] | None
 Documents = Literal["line", "paragraph", "document"]
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".text": "text"}
+_LAYOUTS = {"json": "one JSON object a line", "parquet": "a Parquet table", "text": "plain text"}
 _PACKED = (".gz", ".zst", ".xz", ".bz2")
 
 
@@ -66,7 +67,14 @@ def file_rows(files: str | Sequence[str], *, argument: str, sample_by: Documents
     names = find_files(files, argument=argument)
     builder = _kind(names[0])
     options = {"sample_by": sample_by} if builder == "text" else {}
-    return require("datasets").load_dataset(builder, data_files=names, split="train", streaming=True, **options)
+    datasets = require("datasets")
+    try:
+        return datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **options)
+    except Exception as error:  # an empty file is a StopIteration, and each parser has errors of its own
+        raise ValueError(
+            f"{argument}={files!r} cannot be read, or has no rows: {error or type(error).__name__}. A file ending in "
+            f"{Path(names[0]).suffix} must hold {_LAYOUTS[str(builder)]}."
+        ) from error
 
 
 def hub_rows(dataset: str, name: str | None, split: str) -> Any:
