@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pkgutil import resolve_name
 from typing import Any
 
@@ -49,7 +49,9 @@ def named_model_job(recipe: Any, options: PlanOptions) -> Job | None:
     precision = precision_named(recipe.trainer.precision)
     for known, job in ((GlueModule, glue_job), (CausalLMModule, causal_lm_job)):
         if isinstance(cls, type) and issubclass(cls, known):
-            return job(recipe.model.init_args, data, options, precision=precision)
+            made = job(recipe.model.init_args, data, options, precision=precision)
+            # What is accumulated is held from the second backward pass on; more of them hold no more.
+            return replace(made, micro_batches=min(2, recipe.trainer.accumulate_grad_batches))
     return None
 
 
