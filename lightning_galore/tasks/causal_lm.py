@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.tasks.causal_models import causal_network
 from lightning_galore.tasks.extras import require
+from lightning_galore.tasks.lora import with_lora
 from lightning_galore.tasks.optimizing import decay_groups, length_of_run
 from lightning_galore.tasks.tokenizing import largest_id
 
@@ -44,6 +45,8 @@ class CausalLMModule(LightningModule):
         min_lr_ratio: What it falls to by the end of the run, along a cosine, of the peak.
         optimizer: Another optimizer instead of AdamW. By name, as ``"adamw8bit"``, it takes ``lr``, ``betas`` and
             ``eps`` where it has them; a callable on the parameter groups (in YAML its class) replaces them.
+        lora_rank: Freeze the network and train LoRA's factors of this rank beside its linear layers (``peft``;
+            ``lora_alpha`` is the rank). 0 trains the whole network.
         checkpointing: Recompute activations in backward: about a third more time for much less memory.
         vocab_size: Rows of the word embeddings, where a tokenizer is trained on the text. From the command line that of
             the data.
@@ -66,6 +69,7 @@ class CausalLMModule(LightningModule):
         warmup_ratio: float = 0.1,
         min_lr_ratio: float = 0.1,
         optimizer: OptimizerCallable | str | None = None,
+        lora_rank: int = 0,
         checkpointing: bool = False,
         vocab_size: int | None = None,
     ) -> None:
@@ -77,7 +81,7 @@ class CausalLMModule(LightningModule):
                 raise ValueError(f"{name}={value} must be a share between 0 and 1.")
         self.model = model
         self.config = {**(config or {}), **({} if vocab_size is None else {"vocab_size": vocab_size})}
-        self.from_scratch, self.checkpointing = from_scratch, checkpointing
+        self.from_scratch, self.checkpointing, self.lora_rank = from_scratch, checkpointing, lora_rank
         self.warmup_ratio, self.min_lr_ratio, self.weight_decay = warmup_ratio, min_lr_ratio, weight_decay
         if optimizer is None or isinstance(optimizer, str):
             optimizer = named_optimizer(optimizer or "adamw", lr=lr, betas=betas, eps=eps)
@@ -95,11 +99,12 @@ class CausalLMModule(LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(torch.initial_seed())
             net: Any = causal_network(self.model, self.config, from_scratch=self.from_scratch)
+            net = with_lora(net, self.lora_rank, task_type="CAUSAL_LM")
         if self.checkpointing:
             # Transformers 5 has another name for it, and warns of the old one.
             enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.net = net
+        self.net = net.train()
 
     @override
     def forward(self, **batch: Tensor) -> Any:

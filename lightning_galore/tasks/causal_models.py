@@ -62,4 +62,4 @@ def causal_network(model: str, settings: dict[str, Any], *, from_scratch: bool) 
         net: nn.Module = auto.from_config(config, dtype=dtype)
     else:
         net = auto.from_pretrained(model, config=config, dtype=dtype)
-    return net.train()
+    return net

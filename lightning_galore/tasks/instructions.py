@@ -26,11 +26,11 @@ class InstructionEncoder:
 
     Args:
         tokenizer: Of Transformers.
-        template: How a prompt is written, with ``{prompt}`` in it; None takes the tokenizer's chat template.
+        template: How a prompt is written, with ``{prompt}`` in it; empty for the tokenizer's chat template.
         max_length: Longer rows are cut to this many tokens.
     """
 
-    def __init__(self, tokenizer: Any, *, template: str | None, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, *, template: str, max_length: int) -> None:
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
 
     def __call__(self, row: Messages | tuple[str, str]) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ class InstructionEncoder:
         }
 
     def _pair(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        if self.template is None:
+        if not self.template:
             return self._conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
         # The tokenizer's own beginning (BOS) for the prompt; the response goes on from there.
         before = self.tokenizer(self.template.replace("{prompt}", prompt))["input_ids"]
@@ -66,7 +66,7 @@ class InstructionEncoder:
                 raise ValueError(
                     f"The chat template writes a conversation of {len(messages)} messages otherwise than its beginning"
                     f" up to message {turn + 1}, so that its answers cannot be told from the rest. Split it into rows "
-                    "that end with one answer each, or give prompt and response with data.template='{prompt}\\n'."
+                    "that end with one answer each, or give prompts and responses with a data.template."
                 )
             labels[len(before) : len(upto)] = ids[len(before) : len(upto)]
         return ids, labels
@@ -128,7 +128,7 @@ class InstructionDataModule(TextDataModule):
             follows by itself.
         tokenizer_name: Hub name or folder of a tokenizer.
         template: How a prompt is written, as ``"### Question:\n{prompt}\n### Answer:\n"``, for models without a chat
-            template.
+            template. Empty takes the tokenizer's chat template. A command line reads it as YAML: quote it twice.
         prompt_column: Holds the prompt.
         response_column: Holds the response.
         messages_column: Holds the conversation.
@@ -151,7 +151,7 @@ class InstructionDataModule(TextDataModule):
         validation_files: Files = None,
         model: str | None = None,
         tokenizer_name: str | None = None,
-        template: str | None = None,
+        template: str = "",
         prompt_column: str = "prompt",
         response_column: str = "response",
         messages_column: str = "messages",
@@ -163,7 +163,7 @@ class InstructionDataModule(TextDataModule):
         split_seed: int = 0,
     ) -> None:
         super().__init__(model, tokenizer_name, batch_size, eval_batch_size, num_workers)
-        if template is not None and "{prompt}" not in template:
+        if template and "{prompt}" not in template:
             raise ValueError(f"template={template!r} must have {{prompt}} where the prompt goes.")
         if not 0 < validation_size < 1:
             raise ValueError(f"validation_size={validation_size} must be a share of the rows, between 0 and 1.")
@@ -185,10 +185,10 @@ class InstructionDataModule(TextDataModule):
         if self.tokenizer_name is None:
             raise ValueError("No tokenizer is named: give tokenizer_name=..., or the module's model=...")
         self.tokenizer = load_tokenizer(self.tokenizer_name)
-        if self.template is None and not getattr(self.tokenizer, "chat_template", None):
+        if not self.template and not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
                 f"The tokenizer {self.tokenizer_name!r} has no chat template: say how a prompt is written, for example "
-                "data.template='{prompt}\\n'."
+                "data.template='\"{prompt}\\n\"'."
             )
         if self.validation_files is not None:
             self.rows = {"train": self._read("files", None), "validation": self._read("validation_files", None)}
