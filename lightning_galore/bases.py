@@ -77,6 +77,15 @@ class StoredBases:
         """Width of the bases."""
         return self.parts[0].shape[1]
 
+    def is_same(self, other: StoredBases) -> bool:
+        """Whether both are of one refresh, by what is kept: no entry is looked at.
+
+        Args:
+            other: Bases of the same weight, of this refresh or of another one.
+        """
+        pairs = zip(self.parts, other.parts, strict=False)
+        return type(self) is type(other) and all(mine.codes is theirs.codes for mine, theirs in pairs)
+
     def read(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The bases, of their shapes.
 
@@ -124,6 +133,10 @@ class DrawnBases(StoredBases):
     @override
     def rank(self) -> int:
         return self.shapes[0][1]
+
+    @override
+    def is_same(self, other: StoredBases) -> bool:
+        return isinstance(other, DrawnBases) and (self.number, self.shapes) == (other.number, other.shapes)
 
     @override
     def read(self, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -20,11 +20,12 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lightning_galore import gemm
+from lightning_galore.bases import StoredBases
 from lightning_galore.coordinates import Coordinates
 from lightning_galore.linalg import without_autocast
 from lightning_galore.storage import Int8Tensor
 
-_SIDES = ("left", "full"), ("right", "full")
+_LEFT, _RIGHT = ("left", "full"), ("right", "full")  # sides on which there is such a basis
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FusedLinears]] = weakref.WeakKeyDictionary()
 
 
@@ -50,7 +51,7 @@ class FusedLinears:
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = weakref.ref(receiver)
-        self._leaves: dict[Tensor, tuple[Tensor, Tensor]] = {}  # with the basis that each is for
+        self._leaves: dict[Tensor, tuple[StoredBases, Tensor]] = {}  # with the bases that each is for
         self._installed: list[nn.Module] = []
 
     @property
@@ -90,16 +91,14 @@ class FusedLinears:
         receiver, weight = self._receiver(), module.weight
         if receiver is None or not torch.is_grad_enabled() or not weight.requires_grad or not receiver.fuses(weight):
             return None
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
         coordinates = receiver.coordinates(weight)
         with without_autocast(x.device):
             leaf = self._leaf(weight, coordinates)
-            bases = coordinates.bases
-            left = bases[0] if coordinates.projection.side in _SIDES[0] else None
-            right = bases[-1] if coordinates.projection.side in _SIDES[1] else None
-            output: Tensor = _Linear.apply(x, weight.detach(), module.bias, leaf, left, right)
-        coordinates.let_go()
+            output: Tensor = _Linear.apply(x, weight.detach(), module.bias, leaf, coordinates, dtype)
         return output
 
     def _leaf(self, weight: Tensor, coordinates: Coordinates) -> Tensor:
@@ -107,9 +106,8 @@ class FusedLinears:
 
         A tensor of one entry, seen in the low-rank shape; another one for each basis.
         """
-        codes = coordinates.stored.parts[0].codes
-        before = self._leaves.get(weight)
-        if before is not None and before[0] is codes:
+        stored, before = coordinates.stored, self._leaves.get(weight)
+        if before is not None and before[0].is_same(stored):
             return before[1]
         one = torch.zeros((), dtype=weight.dtype, device=weight.device)
         leaf = one.expand(coordinates.projection.low_shape).requires_grad_()
@@ -121,7 +119,7 @@ class FusedLinears:
             low, leaf.grad = leaf.grad, None
             if receiver is None or param is None or low is None:
                 return
-            if receiver.coordinates(param).stored.parts[0].codes is not codes:
+            if not receiver.coordinates(param).stored.is_same(stored):
                 raise RuntimeError(
                     f"The basis of a weight of shape {tuple(param.shape)} was refreshed between a forward pass and its "
                     "backward, whose low-rank gradient is of the old one. Go backward before optimizer.step(), or set "
@@ -130,7 +128,7 @@ class FusedLinears:
             receiver.on_low_grad(param, low)
 
         leaf.register_post_accumulate_grad_hook(hook)
-        self._leaves[weight] = codes, leaf
+        self._leaves[weight] = stored, leaf
         return leaf
 
 
@@ -144,7 +142,11 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:  # nn.Linear's name of it
 
 
 class _Linear(torch.autograd.Function):
-    """``y = x W^T + b`` with a gradient for ``leaf``, in the low-rank coordinates of ``W``, and none for ``W``."""
+    """``y = x W^T + b`` with a gradient for ``leaf``, in the low-rank coordinates of ``W``, and none for ``W``.
+
+    Bases that are kept as codes are decoded where they are needed, the right one in forward and the left one in
+    backward, and held in neither: else those of all layers would be there at once.
+    """
 
     @staticmethod
     @override
@@ -154,25 +156,32 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,  # (m, n)
         bias: Tensor | None,
         leaf: Tensor,  # low_shape
-        left: Tensor | None,  # (m, r)
-        right: Tensor | None,  # (n, r)
+        coordinates: Coordinates,
+        dtype: torch.dtype,  # of the weight as it is multiplied
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        kept = rows if right is None else _times(rows, right)
-        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, left)
+        kept = rows
+        if coordinates.projection.side in _RIGHT:
+            kept = _times(rows, coordinates.bases[-1])
+            coordinates.let_go()
+        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
+        ctx.coordinates = coordinates
         ctx.low_dtype = leaf.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return nn.functional.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        return nn.functional.linear(x, _dense(weight, dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, left = ctx.saved_tensors
+        kept, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        rows_low = (rows if left is None else _times(rows, left)).to(kept.dtype)
-        # On the left the narrow factor stands first.
-        low = gemm.product(rows_low.mT, kept) if left is None else gemm.product(kept.mT, rows_low).mT
+        coordinates: Coordinates = ctx.coordinates
+        if coordinates.projection.side in _LEFT:  # the narrow factor stands first
+            low = gemm.product(kept.mT, _times(rows, coordinates.bases[0]).to(kept.dtype)).mT
+            coordinates.let_go()
+        else:
+            low = gemm.product(rows.to(kept.dtype).mT, kept)
         return (
             None if weight is None else grad @ _dense(weight, grad.dtype),
             None,

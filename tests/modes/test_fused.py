@@ -96,7 +96,6 @@ def difference(mode: str, **settings: Any) -> float:
         {"proj_type": "right"},
         {"rank": 1},
         {"moments": "keep", "stagger": False},
-        {"basis_storage": "int8"},
         {"rank_rule": "energy", "rank_energy": 0.7},
         {"schedule": "energy", "min_gap": 2, "refresh_below": 0.95},
         {"clip_weight_norm": 100.0},
@@ -105,6 +104,42 @@ def difference(mode: str, **settings: Any) -> float:
 )
 def test_weights_are_those_of_the_ordinary_path(mode: str, accumulate: int, settings: dict[str, Any]) -> None:
     assert difference(mode, accumulate=accumulate, **settings) <= 1e-10
+
+
+DRAWN = {"subspace": "random_orthonormal", "moments": "keep"}
+
+
+@pytest.mark.parametrize("mode", BACKWARD_MODES)
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+@pytest.mark.parametrize("kept", ["param", "bf16", "int8", "int4", "seed"])
+def test_however_bases_are_kept(kept: str, proj_type: str, mode: str) -> None:
+    settings: dict[str, Any] = {"basis_storage": kept, "proj_type": proj_type, "steps": 25}
+    assert difference(mode, **settings, **(DRAWN if kept == "seed" else {})) <= 1e-10
+
+
+@pytest.mark.parametrize("subspace", ["svd", "random_orthonormal", "gaussian"])
+def test_only_what_is_kept_tells_one_refresh_from_the_next(subspace: str) -> None:
+    kept = {"svd": "int4", "gaussian": "seed"}.get(subspace, "param")
+    _, optimizer, _ = train("project", fused=True, steps=12, subspace=subspace, basis_storage=kept, stagger=False)
+    before = {param: optimizer.coordinates(param).stored for param in optimizer.targets}
+    assert all(optimizer.coordinates(param).stored.is_same(bases) for param, bases in before.items())
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    drawn = kept == "seed"  # a number is the same wherever it was read
+    assert all(optimizer.coordinates(param).stored.is_same(bases) is drawn for param, bases in before.items())
+    first, second = list(before.values())[:2]
+    assert not first.is_same(second)
+
+
+@pytest.mark.parametrize("mode", BACKWARD_MODES)
+@pytest.mark.parametrize("kept", ["int8", "seed"])
+def test_decoded_bases_are_held_of_no_layer(kept: str, mode: str) -> None:
+    """Nothing but inputs, or what is left of them, waits for backward."""
+    settings: dict[str, Any] = {"basis_storage": kept, "update_proj_gap": 1000, "stagger": False}
+    model, optimizer, _ = train(mode, fused=True, steps=2, **settings, **(DRAWN if kept == "seed" else {}))
+    x = torch.randn(3, WIDE, dtype=torch.float64)
+    with LiveBytes() as tracker:
+        output = model.last(x)  # wide: projected on the left
+    assert tracker.current == output.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("mode", BACKWARD_MODES)
