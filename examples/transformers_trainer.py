@@ -55,7 +55,13 @@ def make_model() -> LlamaForCausalLM:
 
 
 def train(
-    folder: Path, *, resume: bool = False, mode: str = "step", max_grad_norm: float = 1.0, **settings: Any
+    folder: Path,
+    *,
+    resume: bool = False,
+    mode: str = "step",
+    max_grad_norm: float = 1.0,
+    accumulate: int = ACCUMULATE,
+    **settings: Any,
 ) -> LlamaForCausalLM:
     """Train for ``STEPS`` steps, from the beginning or from the checkpoint in the middle; the trained model."""
     model = make_model()
@@ -66,7 +72,7 @@ def train(
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATE,
+        gradient_accumulation_steps=accumulate,
         max_grad_norm=max_grad_norm,
         save_steps=STEPS // 2,
         logging_steps=4,

@@ -146,7 +146,7 @@ def test_a_run_goes_on_as_theirs_would(theirs: tuple[Path, Any], tmp_path: Path)
     assert distance(module.model, finished) < 2e-3
     fresh, _ = train_ours(tokens(), None, tmp_path)
     moved = distance(make_model(), finished)
-    assert moved > 0.02
+    assert moved > 0.01
     assert distance(fresh.model, finished) < moved  # a whole run of ours is near, too
 
 
@@ -168,7 +168,7 @@ def test_the_folder_becomes_a_safe_lightning_checkpoint(theirs: tuple[Path, Any]
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), r"model\.safetensors cannot be read"),
         (lambda folder: (folder / "trainer_state.json").write_text("{"), "cannot be read as JSON"),
         (lambda folder: (folder / "trainer_state.json").write_text('{"global_step": -1}'), "global_step=-1"),
-        (lambda folder: (folder / "scheduler.pt").write_bytes(b"x"), "cannot be read as a checkpoint"),
+        (lambda folder: (folder / "scheduler.pt").write_bytes(b"x"), r"scheduler\.pt holds what"),
     ],
     ids=["no optimizer", "no weights", "broken weights", "broken json", "steps", "broken scheduler"],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import AdamW
 
 from lightning_galore import GaLoreConfig, GaLoreOptimizer, GaLoreStrategy
-from lightning_galore.cli.parsers import Parser
+from lightning_galore.cli.parsers import Parser, first_line, without_marks
 from lightning_galore.cli.trainer import PROG, GaLoreCLI, ParsedOnly
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def plan_parser() -> Parser:
     """The options of ``plan``."""
     from lightning_galore.planner.command import PlanOptions
 
-    parser = Parser(prog=f"{PROG} plan", description=(PlanOptions.__doc__ or "").partition("\n")[0])
+    parser = Parser(prog=f"{PROG} plan", description=first_line(PlanOptions))
     parser.add_class_arguments(PlanOptions, as_positional=True)
     return _titled(parser)
 
@@ -96,7 +96,7 @@ def _report() -> Callable[..., Any]:
 
 
 def _function_parser(name: str, function: Callable[..., Any]) -> Parser:
-    parser = Parser(prog=f"{PROG} {name}", description=(function.__doc__ or "").partition("\n")[0])
+    parser = Parser(prog=f"{PROG} {name}", description=first_line(function))
     parser.add_function_arguments(function, as_positional=True)
     return _titled(parser)
 
@@ -104,7 +104,7 @@ def _function_parser(name: str, function: Callable[..., Any]) -> Parser:
 def _titled(parser: Parser) -> Parser:
     """Say once what the command does: the docstring's first line is the description, not a heading too."""
     for group in parser._action_groups:
-        if group.title and group.title.rstrip(".:") == (parser.description or "").rstrip(".:"):
+        if group.title and without_marks(group.title).rstrip(".:") == (parser.description or "").rstrip(".:"):
             group.title = "what to read and write"
     return parser
 

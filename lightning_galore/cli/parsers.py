@@ -17,7 +17,7 @@ from lightning_galore.cli import exits
 from lightning_galore.cli.mistakes import explain
 
 #: Wrap optimizers, and are none that a recipe can name.
-_NOT_FOR_RECIPES = ("OptimizerWrapper", "GaLoreOptimizer")
+_NOT_FOR_RECIPES = ("OptimizerWrapper", "GaLoreOptimizer", "AcceleratedOptimizer")
 
 
 def without_marks(text: str) -> str:
@@ -33,9 +33,14 @@ def without_marks(text: str) -> str:
     return re.sub(r"(?<=known subclasses: )[\w., ]+", lambda found: _short_names(found[0]), text)
 
 
+def first_line(documented: object) -> str:
+    """The first line of a docstring, for a terminal."""
+    return without_marks((documented.__doc__ or "").partition("\n")[0])
+
+
 def _short_names(paths: str) -> str:
     names = dict.fromkeys(path.strip().rpartition(".")[2] for path in paths.split(","))
-    return ", ".join(name for name in names if name not in _NOT_FOR_RECIPES)
+    return ", ".join(name for name in names if not name.endswith(_NOT_FOR_RECIPES))
 
 
 class PlainHelp(DefaultHelpFormatter):
