@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequence classification and regression on GLUE as a LightningModule that knows nothing of GaLore."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -19,7 +18,10 @@ from typing_extensions import override
 from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.glue_tasks import GlueTask, MetricName, TaskName, get_task
+from lightning_galore.tasks.lora import with_lora
 from lightning_galore.tasks.minilm import MINILM, minilm_as_roberta
+from lightning_galore.tasks.optimizing import decay_groups
+from lightning_galore.tasks.schedules import check_schedule, with_schedule
 
 
 def _spearman() -> Metric:
@@ -53,10 +55,14 @@ class GlueModule(LightningModule):
         betas: Decay rates of the moments.
         eps: Added to the denominator of the update.
         weight_decay: Decoupled weight decay; biases and normalisation weights get none.
-        warmup_ratio: Share of the steps in which the learning rate rises; it falls linearly to 0 afterwards.
-        optimizer: Another optimizer instead of AdamW. By name, as ``"adamw8bit"``, it takes ``lr``, ``betas`` and
-            ``eps`` where it has them; a callable on the parameter groups (in YAML its class) replaces them. The two
-            groups keep their ``weight_decay`` either way.
+        warmup_ratio: Share of the steps in which the learning rate rises, before ``lr_scheduler``.
+        optimizer: By name, as ``"adamw8bit"``, or by class, as ``"torch.optim.NAdam"``: takes ``lr``, ``betas`` and
+            ``eps`` where it has them. A callable on the parameter groups (in YAML a class with settings of its own)
+            replaces them. The two groups keep their ``weight_decay`` either way.
+        lr_scheduler: By name: ``linear``, ``cosine`` and ``polynomial`` (all down to 0 over the run), ``constant``,
+            ``constant_with_warmup``, ``inverse_sqrt``. Any scheduler as a callable on the optimizer (in YAML its class
+            with its settings), which replaces ``warmup_ratio`` and is stepped after each optimizer step;
+            ``ReduceLROnPlateau`` after each epoch.
         lora_rank: Freeze the encoder and train LoRA's factors of this rank beside its linear layers, and the head
             (``peft``; ``lora_alpha`` is the rank). 0 trains the whole network.
 
@@ -75,21 +81,24 @@ class GlueModule(LightningModule):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
-        optimizer: OptimizerCallable | str | None = None,
+        optimizer: str | OptimizerCallable = "adamw",
+        lr_scheduler: str | LRSchedulerCallable = "linear",
         lora_rank: int = 0,
     ) -> None:
         super().__init__()
         # A callable would be pickled into the checkpoint, which torch then refuses to load as weights only.
-        self.save_hyperparameters(ignore="optimizer")
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.task = get_task(task)
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio={warmup_ratio} must be at least 0 and less than 1.")
+        check_schedule(lr_scheduler)
+        self.lr_scheduler = lr_scheduler
         self.model = model
         self.warmup_ratio = warmup_ratio
         self.weight_decay = weight_decay
         self.lora_rank = lora_rank
-        if optimizer is None or isinstance(optimizer, str):
-            optimizer = named_optimizer(optimizer or "adamw", lr=lr, betas=betas, eps=eps)
+        if isinstance(optimizer, str):
+            optimizer = named_optimizer(optimizer, lr=lr, betas=betas, eps=eps)
         self.make_optimizer = optimizer
         self.net: nn.Module | None = None
         # Keyed by "val" and "test", then one collection for each split.
@@ -121,18 +130,10 @@ class GlueModule(LightningModule):
             else:
                 auto = require("transformers").AutoModelForSequenceClassification
                 net = auto.from_pretrained(self.model, dtype=torch.get_default_dtype(), **config)
-            if self.lora_rank:
-                net = self._with_lora(net)
+            net = with_lora(net, self.lora_rank, task_type="SEQ_CLS")
         self.net = (
             net.train()
         )  # from_pretrained returns it in eval mode, i.e. without dropout, and Lightning keeps that
-
-    def _with_lora(self, net: nn.Module) -> nn.Module:
-        peft = require("peft", extra="lora")
-        rank = self.lora_rank
-        # The task's name keeps the classification head trained.
-        lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_CLS")
-        return cast("nn.Module", peft.get_peft_model(net, lora))
 
     @override
     def forward(self, **batch: Tensor) -> Any:
@@ -200,21 +201,8 @@ class GlueModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in two groups (with and without decay) and a linear warm-up and decay over the whole run."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # biases and normalisations
-        ]
-        optimizer = self.make_optimizer([group for group in groups if group["params"]])
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError(
-                "GlueModule lets the learning rate fall to 0 over the run and so needs its length: "
-                f"set max_epochs or max_steps of the Trainer (now max_epochs={self.trainer.max_epochs}, "
-                f"max_steps={self.trainer.max_steps})."
-            )
-        schedule = require("transformers").get_linear_schedule_with_warmup(
-            optimizer, num_warmup_steps=math.ceil(self.warmup_ratio * steps), num_training_steps=int(steps)
+        """The optimizer in two groups, with and without decay, and its schedule over the whole run."""
+        optimizer = self.make_optimizer(decay_groups(self, self.weight_decay))
+        return with_schedule(
+            self, optimizer, self.lr_scheduler, warmup_ratio=self.warmup_ratio, monitor=self.task.monitor
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
