@@ -73,7 +73,8 @@ def statuses(
     found = []
     for param, group in groups.items():
         target, state, record = targets[param], projector.state_of(param), projector.record_of(param, group)
-        low = storage.nbytes([state.own, state.lift_entries, state.transform_entries]) + (state.bases.nbytes if state.has_bases else 0)
+        low = storage.nbytes([state.own, state.lift_entries, state.transform_entries])
+        low += state.bases.nbytes if state.has_bases else 0
         full = memory.full_rank_bytes(state.own, state.projection)
         found.append(
             SubspaceStatus(
