@@ -127,6 +127,7 @@ class Selector:
         self.ignored: set[Tensor] = set()
         self.heads: set[Tensor] = set()
         self.embeddings: set[Tensor] = set()
+        self.linear: set[Tensor] = set()
         modules = [(clean_name(name), module) for name, module in model.named_modules()] if model is not None else []
         self.linear_names = [name for name, module in modules if isinstance(module, nn.Linear)]
         for pattern, rank in config.rank_patterns if modules else ():
@@ -138,14 +139,19 @@ class Selector:
             for local, param in module._parameters.items():
                 if param is not None:
                     self.names.setdefault(param, f"{name}.{local}".lstrip("."))
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                self.embeddings.update(own)
+            self._note_class(module, own)
             if module in output_modules or not HEAD_NAMES.isdisjoint(name.split(".")):
                 self.heads.update(own)
             if _matches(config.target_modules, name, module, "target_modules"):
                 self.matched.update(own)
             if _matches(config.ignore_modules, name, module, "ignore_modules"):
                 self.ignored.update(own)
+
+    def _note_class(self, module: nn.Module, own: list[nn.Parameter]) -> None:
+        if isinstance(module, nn.Linear):
+            self.linear.update(own)
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            self.embeddings.update(own)
 
     def select(self, param: Tensor, group: Mapping[str, Any], fallback_name: str) -> tuple[Target | None, str]:
         """The target of ``param``, or None and the reason.
@@ -167,9 +173,11 @@ class Selector:
         rank = config.rank_of(name.rpartition(".")[0], shape, named=group.get("rank"))
         if rank > least:
             return None, f"min(m, n) = {min(shape)} <= rank = {rank}: nothing would be saved"
-        side, heads = resolve_side(config.proj_type, shape), config.has_heads(name.rpartition(".")[0])
+        side, heads, note = resolve_side(config.proj_type, shape), config.has_heads(name.rpartition(".")[0]), ""
+        if config.compress_activations and side == "left" and param in self.linear:
+            side, note = "right", "(on the right: compress_activations)"
         projection = Projection(shape=shape, side=side, rank=rank, has_heads=heads)
-        return Target(name=name, projection=projection), ""
+        return Target(name=name, projection=projection), note
 
     def _reason(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Why ``param`` cannot or shall not be projected, whatever its rank; empty when it can."""
@@ -228,7 +236,7 @@ def select_targets(
             target, reason = selector.select(param, group, fallback)
             if target:
                 targets[param] = target
-                reason = "" if param.requires_grad else "(frozen for now)"
+                reason = reason if param.requires_grad else f"{reason} (frozen for now)".lstrip()
             name = selector.names.get(param, fallback)
             rows.append(TargetRow(name=name, shape=tuple(param.shape), target=target, reason=reason))
     given = {param for group in param_groups for param in group["params"]}

@@ -107,3 +107,22 @@ def check_subspace(config: GaLoreConfig) -> None:
             f"rank_rule={config.rank_rule!r} looks at singular values of the gradient, which "
             f"subspace={config.subspace!r} does not find; use rank_rule='fixed', or a subspace such as 'randomized'."
         )
+
+
+def check_fused(config: GaLoreConfig) -> None:
+    """Refuse layers that make low-rank gradients themselves where somebody needs full ones, or the other side."""
+    if config.fused_backward and config.mode == "step":
+        raise ValueError(
+            "fused_backward=True with mode='step': that mode keeps full gradients, which would not be computed. "
+            "Use mode='project' or 'layerwise'."
+        )
+    if config.compress_activations and not config.fused_backward:
+        raise ValueError(
+            "compress_activations=True with fused_backward=False: whole gradients need whole inputs. Set "
+            "fused_backward=True (mode='project' or 'layerwise')."
+        )
+    if config.compress_activations and config.proj_type in ("left", "reverse_std"):
+        raise ValueError(
+            f"compress_activations=True with proj_type={config.proj_type!r}: gradients that are projected on the left "
+            "need whole inputs. Use proj_type='std' (then 'right' for every nn.Linear), 'right' or 'full'."
+        )
