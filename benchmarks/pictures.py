@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.machine import headline
-from benchmarks.results import Report
+from benchmarks.results import Report, milliseconds
 from benchmarks.timing import Spread
 
 # This package, a second curve of it, and the others.
@@ -58,6 +58,35 @@ def bar_panels(panels: Sequence[Panel], *, title: str, footer: Report, xlabel: s
         ax.set_visible(False)
     finish(figure, title=title, report=footer)
     return figure
+
+
+def whole_steps(report: Report, *, ways: str, is_ours: Callable[[str], bool], title: str, xlabel: str) -> Figure:
+    """A panel a case: whole training steps in those of full-rank AdamW.
+
+    Args:
+        report: Its measurements have a name and, under ``ways``, for each way to train ``steps_of_full_rank`` and
+            ``median_s["whole"]``.
+        ways: The key.
+        is_ours: Whether a way is coloured as this package's.
+        title: Of the picture.
+        xlabel: Of the axis.
+    """
+    panels = [
+        Panel(
+            title=held["name"],
+            bars=[
+                Bar(
+                    label=name,
+                    spread=Spread(**row["steps_of_full_rank"]),
+                    text=f"{milliseconds(row['median_s']['whole'])} ms",
+                    ours=is_ours(name),
+                )
+                for name, row in held[ways].items()
+            ],
+        )
+        for held in report.measurements
+    ]
+    return bar_panels(panels, title=title, footer=report, xlabel=xlabel, columns=len(panels))
 
 
 def _bars(ax: Axes, panel: Panel) -> None:

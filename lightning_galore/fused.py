@@ -59,6 +59,11 @@ class FusedLinears:
         """The weights of the layers."""
         return {module.weight for module in self._installed if isinstance(module.weight, Tensor)}
 
+    @property
+    def bases(self) -> list[StoredBases]:
+        """Those that the layers multiply with, unit vectors that stand in among them."""
+        return [stored for stored, _ in self._leaves.values()]
+
     def install(self, model: nn.Module, params: Iterable[Tensor]) -> None:
         """Let the ``nn.Linear`` modules that hold these weights report to the receiver, each once.
 
@@ -89,7 +94,10 @@ class FusedLinears:
     def apply(self, module: nn.Linear, x: Tensor) -> Tensor | None:
         """What the layer gives for ``x (..., n)``; None where its ordinary forward shall run."""
         receiver, weight = self._receiver(), module.weight
-        if receiver is None or not torch.is_grad_enabled() or not weight.requires_grad or not receiver.fuses(weight):
+        if receiver is None or not torch.is_grad_enabled() or not weight.requires_grad:
+            return None
+        if not receiver.fuses(weight):
+            self._leaves.pop(weight, None)  # with bases that are about to be old
             return None
         dtype = weight.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

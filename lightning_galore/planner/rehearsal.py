@@ -211,6 +211,7 @@ class _Rehearsal:
         tracker.hold(_tensors(batch), "activations")
         with self._job.autocast():
             loss = loss_in(self._job.step(self._module, batch))
+        self._watcher.name_stand_ins()
         alive = tracker.live["activations"]
         if first and self._job.loop == "lightning":
             self._optimizer.zero_grad()
