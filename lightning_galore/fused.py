@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lightning_galore import gemm
@@ -180,8 +179,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A backward with create_graph=True (a gradient penalty, for example) reached an nn.Linear with "
+                "fused_backward=True, whose backward cannot be differentiated. Set fused_backward=False, or name its "
+                "module in ignore_modules."
+            )
         kept, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         coordinates: Coordinates = ctx.coordinates
