@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 TORCHAO_STAMP := $(VENV)/.installed-torchao
 VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
-EXTRAS := bnb,recipes,test
+EXTRAS := bnb,lora,recipes,test
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One thread per process: with several workers more threads only wait for each other, and numbers repeat.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_galore import base_probe, base_rules, dtensors, foreign_shards, sharded_state, state_keys
+from lightning_galore import base_probe, base_rules, dtensors, foreign_shards, saved_state, sharded_state, state_keys
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS, warn_of_idle_rounding
 from lightning_galore.sharding import Shards, common_shards
@@ -46,7 +46,7 @@ def check(base: Optimizer, targets: Mapping[Tensor, Target], config: GaLoreConfi
             "transform='none', or GaLoreDDPStrategy, where weights are whole."
         )
     if any(state_keys.BASIS in state for state in base.state.values()):  # base was wrapped before
-        state_keys.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
+        saved_state.check_loadable(base.state_dict(), base.param_groups, targets, adaptive=config.adaptive_rank)
     base_probe.check_moves(base, targets)
     if config.moment_storage == "8bit":
         base_probe.check_moment_bits(base, targets)

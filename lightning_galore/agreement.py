@@ -13,14 +13,15 @@ from torch import Tensor
 from lightning_galore import storage
 from lightning_galore.bases import DrawnBases, StoredBases
 from lightning_galore.distributed import Team
-from lightning_galore.moments import Change
+from lightning_galore.mode_change import change_between
 from lightning_galore.refresh import REPORTED, Due, Refresh, Refresher
 from lightning_galore.targets import Target
 
 # How a basis is kept, as a number in the header.
 _KINDS = ("int4", "int8", "fp32", "bf16", "fp16", "fp64", "seed")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_FIXED = 11  # numbers in the header before the spectrum
+_MOST_BASES = 8  # of one weight: a tensor has one for each mode
+_FIXED = 9 + _MOST_BASES  # numbers in the header before the spectrum
 
 
 class Agreement:
@@ -101,23 +102,23 @@ class Agreement:
         if not rank:
             return None
         shapes, orthonormal = one.target.projection.with_rank(rank).basis_shapes, self._refresher.subspace.orthonormal
-        if _KINDS[int(header[5])] == "seed":  # which is all that there is to hand over
-            number = (int(header[9]) << 32) + int(header[10])
+        if _KINDS[int(header[9])] == "seed":  # which is all that there is to hand over
+            number = (int(header[7]) << 32) + int(header[8])
             return DrawnBases(number=number, shapes=shapes, device=one.grad.device, orthonormal=orthonormal)
         parts = tuple(
             storage.allocate(shape, storage=_KINDS[int(kind)], device=one.grad.device)
-            for shape, kind in zip(shapes, header[5:7], strict=False)
+            for shape, kind in zip(shapes, header[9:_FIXED], strict=False)
         )
         return StoredBases(parts=parts, orthonormal=orthonormal)
 
     def _received(self, header: Sequence[float], bases: StoredBases | None, one: Due) -> Refresh:
-        found, finite, _, overlap, cosine, _, _, changes, count, *_ = header[:_FIXED]
+        found, finite, _, overlap, cosine, changes, count = header[:7]
         change = None
         if bases is not None:
             self._refresher.note_rank(one.target, bases.rank)
         if bases is not None and changes:
             old, new = one.state.bases.read(one.grad.dtype), bases.read(one.grad.dtype)
-            change = Change.between(old, new, one.target.projection.side)
+            change = change_between(old, new, one.target.projection)
         return Refresh(
             bases=bases,
             found=bool(found),
@@ -146,9 +147,10 @@ def _header(refresh: Refresh | None, device: torch.device) -> Tensor:
         if isinstance(refresh.bases, DrawnBases):
             kinds, number = [_KINDS.index("seed")], refresh.bases.number
         rank = refresh.bases.rank if refresh.bases else 0
-        fixed = [refresh.found, refresh.finite, rank, refresh.overlap, refresh.cosine, *(kinds + [0, 0])[:2]]
+        fixed = [refresh.found, refresh.finite, rank, refresh.overlap, refresh.cosine, refresh.change is not None]
         halves = [number >> 32, number & 0xFFFFFFFF]  # fp64 holds 53 bits only
-        numbers = [*fixed, refresh.change is not None, len(refresh.spectrum), *halves, *refresh.spectrum]
+        kinds += [0] * (_MOST_BASES - len(kinds))
+        numbers = [*fixed, len(refresh.spectrum), *halves, *kinds, *refresh.spectrum]
         header[: len(numbers)] = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
     return header.to(device)
 

@@ -49,11 +49,11 @@ class Coordinates:
 
     def project(
         self,
-        matrix: Tensor,  # (m, n)
+        matrix: Tensor,  # (m, n), or of the weight's shape
     ) -> Tensor:
         """Low-rank coordinates, of ``projection.low_shape``; where the weight is divided, so are they."""
         if self._sharding is None:
-            return self.projection.project(matrix, self.bases)
+            return self.projection.project(self.projection.unfold(matrix), self.bases)
         return self._sharding.project(matrix, self.projection, self.bases)
 
     def spread(

@@ -63,6 +63,11 @@ class Change:
         return [(axis, matrix) for axis, matrix in ((-2, self.left), (-1, self.right)) if matrix is not None]
 
     @property
+    def matrices(self) -> list[Tensor]:
+        """One for each basis, in their order."""
+        return [matrix for _, matrix in self._sides]
+
+    @property
     def changes_rank(self) -> bool:
         """Whether there are more or fewer coordinates than before."""
         return any(matrix.shape[0] != matrix.shape[1] for _, matrix in self._sides)
@@ -113,7 +118,9 @@ class Change:
 def _along(axis: int, matrix: Tensor, low: Tensor) -> Tensor:
     dtype = torch.promote_types(low.dtype, matrix.dtype)
     low, matrix = low.to(dtype), matrix.to(dtype)
-    return matrix @ low if axis == -2 else low @ matrix.mT
+    if axis == -1:
+        return low @ matrix.mT
+    return matrix @ low if axis == -2 else (low.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
 
 
 class Moments(ABC):

@@ -18,6 +18,7 @@ from lightning_galore import (
     base_rules,
     foreign_shards,
     linalg,
+    saved_state,
     sharded_state,
     state_keys,
     weights,
@@ -346,14 +347,14 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         Raises:
             ValueError: If it is of another rank or side, full-rank, or of another package; nothing has changed then.
         """
-        state_keys.check_loadable(state_dict, self.param_groups, self.targets, adaptive=self.config.adaptive_rank)
+        saved_state.check_loadable(state_dict, self.param_groups, self.targets, adaptive=self.config.adaptive_rank)
         state_dict = sharded_state.placed_state_dict(
             state_dict, self.param_groups, self.targets, divide_bases=self.config.basis_placement == "shard"
         )
         self.hooks.reset()  # what waits is of another course
         self._projector.forget()
         self.base.load_state_dict(state_dict)
-        state_keys.restore_dtypes(state_dict, self.param_groups, self.state)
+        saved_state.restore_dtypes(state_dict, self.param_groups, self.state)
 
 
 def _rebuild(own: type[GaLoreOptimizer], base: Optimizer, config: GaLoreConfig, chosen: Chosen) -> GaLoreOptimizer:

@@ -159,6 +159,7 @@ class Projector:
 
     def _due_one(self, param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> Due:
         target, state = self._targets[param], self.state_of(param)
+        grad = state.projection.unfold(grad)
         return Due(grad=grad, target=target, state=state, group=group, sharding=self.sharding_of(param))
 
     def sharding_of(self, param: Tensor) -> Sharding | None:
@@ -201,12 +202,9 @@ class Projector:
 
     def prepare(self, param: Tensor, group: Mapping[str, Any], *, due: bool) -> LowGrad:
         """Project ``param.grad`` ``(m, n)``, with a new basis if one is due. Changes nothing but what it returns."""
-        grad, target, state = param.grad, self._targets[param], self.state_of(param)
-        assert grad is not None
-        if grad.is_sparse:
-            raise ValueError(
-                f"{target.name} has a sparse gradient, which cannot be projected; add it to ignore_modules."
-            )
+        target, state = self._targets[param], self.state_of(param)
+        assert param.grad is not None
+        grad = state.projection.unfold(param.grad)
         refresh, sharding, more = None, self.sharding_of(param), self.left_over(param)
         if due:
             # Of one weight at a time.
@@ -220,7 +218,7 @@ class Projector:
             divide = self.config.basis_placement == "shard"
             refresh = replace(refresh, bases=sharding.at_rest(refresh.bases, target.projection.side, divide=divide))
         stored = refresh.bases if refresh and refresh.bases else state.bases
-        projection = target.projection.with_rank(stored.rank)
+        projection = state.projection.with_rank(stored.rank)
         coordinates = Coordinates(projection, stored, sharding, dtype=grad.dtype)
         low = coordinates.project(grad)
         decides = bool(refresh and refresh.found) or (
@@ -247,9 +245,9 @@ class Projector:
 
     def coordinates(self, param: Tensor) -> Coordinates:
         """What the weight is projected with until its next refresh."""
-        refresh, target = self._stand_in(param), self._targets[param]
-        stored = refresh.bases if refresh is not None and refresh.bases is not None else self.state_of(param).bases
-        return Coordinates(target.projection.with_rank(stored.rank), stored, None, dtype=param.dtype)
+        refresh, state = self._stand_in(param), self.state_of(param)
+        stored = refresh.bases if refresh is not None and refresh.bases is not None else state.bases
+        return Coordinates(state.projection.with_rank(stored.rank), stored, None, dtype=param.dtype)
 
     def prepare_low(self, param: Tensor, low: Tensor) -> LowGrad:
         """A low-rank gradient of which nobody has seen the full one."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_galore import linalg
 from lightning_galore.bases import UNIT, DrawnBases, StoredBases
 from lightning_galore.config import GaLoreConfig
+from lightning_galore.mode_change import change_between
 from lightning_galore.moments import Change, first_moment
 from lightning_galore.rank import RANK_RULES, StateBudget
 from lightning_galore.sharding import Sharding
@@ -200,10 +201,10 @@ class Refresher:
             return Refresh(bases=bases, found=True, spectrum=spectrum)
         # As they are read again, so that the moments follow what the next steps will project with.
         old, new = state.bases.read(grad.dtype), bases.read(grad.dtype)
-        change = Change.between(old, new, target.projection.side)
+        change = change_between(old, new, target.projection)
         overlap, cosine = -1.0, -1.0
         if state.refreshed_at >= 0 and self.subspace.orthonormal:
-            turns = [turn for turn in (change.left, change.right) if turn is not None]
+            turns = change.matrices
             # A basis that is kept in half precision is not quite orthonormal, so these could pass 1.
             overlap = min(1.0, sum(float(linalg.overlap_of(turn)) for turn in turns) / len(turns))
             cosine = min(1.0, sum(abs(float(turn[0, 0])) for turn in turns) / len(turns))

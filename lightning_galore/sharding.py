@@ -135,6 +135,11 @@ class Sharding:
         """
         if not dtensors.is_sharded(weight):
             return None
+        if weight.ndim != 2:
+            raise ValueError(
+                f"{name} of shape {tuple(weight.shape)} is sharded (FSDP2), and weights of order {weight.ndim} are "
+                "projected whole only. Name it in ignore_modules, or use GaLoreDDPStrategy, where weights are whole."
+            )
         dims = {axis: one.dim for axis, one in enumerate(weight.placements) if one.is_shard()}  # type: ignore[attr-defined]
         others = [one for one in weight.placements if not (one.is_shard() or one.is_replicate())]
         if len(dims) > 1 or others:

@@ -9,7 +9,7 @@ dtype.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,15 +19,17 @@ from lightning_galore import dtensors, storage
 from lightning_galore.bases import UNIT, DrawnBases, StoredBases, source_of
 from lightning_galore.schedule import RefreshRecord
 from lightning_galore.subspace import SIDE_CODES, Projection
-from lightning_galore.targets import Target
 
 PREFIX = "galore_"
 BASIS = "galore_basis"  # (d, r), or codes for it; the left one for side "full"; or the number that all are drawn from
 BASIS_RIGHT = "galore_basis_right"  # (n, r), or codes; only for side "full"
+# A tensor has a basis for each mode that is projected: those are the first two, whatever mode they are of, then come
+# galore_basis_2, galore_basis_3, ...
 ABSMAX = "_absmax"  # appended to either: the scales of codes
 SOURCE = "galore_source"  # what draws bases from a number: the kind of device, and whether they are orthonormal
 RANK = "galore_rank"  # width of the bases, of which codes do not tell
 SIDE = "galore_side"  # a number of SIDE_CODES
+LAYOUT = "galore_layout"  # of a tensor: its Tucker ranks, or the order of the columns that it was folded into
 STEP = "galore_step"  # updates of this weight done so far
 REFRESHED_AT = "galore_refreshed_at"  # step of the last refresh, -1 while the basis is a stand-in
 REFRESHES = "galore_refreshes"
@@ -182,7 +184,10 @@ class WeightState:
     @property
     def projection(self) -> Projection:
         """The weight's geometry now: under an adaptive rank the target's rank is only the upper bound."""
-        return self._target.with_rank(_saved_rank(self._state)) if self.has_bases else self._target
+        if not self.has_bases:
+            return self._target
+        target = self._target.in_layout(self._state.get(LAYOUT, self._target.layout))
+        return target.with_rank(saved_rank(self._state))
 
     def record(self, gap: int, *, place: tuple[int, int] | None = None) -> RefreshRecord:
         """What a schedule may know.
@@ -217,6 +222,8 @@ class WeightState:
         if bases is not None:
             self.write_bases(bases)
             self._state[RANK] = bases.rank
+        if self._target.layout:
+            self._state.setdefault(LAYOUT, self._target.layout)
         self._state.update(
             {
                 SIDE: SIDE_CODES[self._target.side],
@@ -246,111 +253,10 @@ class WeightState:
 
 def basis_keys(projection: Projection) -> tuple[str, ...]:
     """Keys of the bases, in the order of ``projection.basis_shapes``."""
-    return (BASIS, BASIS_RIGHT) if projection.side == "full" else (BASIS,)
+    further = (f"{BASIS}_{place}" for place in range(2, len(projection.basis_shapes)))
+    return (BASIS, BASIS_RIGHT, *further)[: len(projection.basis_shapes)]
 
 
-def _saved_rank(saved: Mapping[str, Any]) -> int:
+def saved_rank(saved: Mapping[str, Any]) -> int:
     """Width of the bases in a state; a converted one and those of older checkpoints are no codes and tell it."""
     return int(saved[RANK]) if RANK in saved else int(saved[BASIS].shape[1])
-
-
-def check_loadable(
-    state_dict: Mapping[str, Any],
-    param_groups: Sequence[Mapping[str, Any]],
-    targets: Mapping[Tensor, Target],
-    *,
-    adaptive: bool,
-) -> None:
-    """Refuse, before anything is changed, a state that does not fit the targets.
-
-    Args:
-        state_dict: What shall be loaded.
-        param_groups: Where it shall be loaded into.
-        targets: The projected weights.
-        adaptive: Whether the rank of a target is only an upper bound.
-
-    Raises:
-        ValueError: With the weight's name, what was saved, what is wanted and what to do.
-    """
-    for param, saved in _saved_states(state_dict, param_groups):
-        target = targets.get(param)
-        if target is None and BASIS in saved:
-            raise ValueError(
-                f"A weight of shape {tuple(param.shape)} was projected with rank {_saved_rank(saved)} in the "
-                "checkpoint and is not now. Set rank, target_modules and ignore_modules as in that run, or load its "
-                "weights only."
-            )
-        if target is None or not saved or _is_unused(saved, target):
-            continue
-        if "projector" in saved:
-            raise ValueError(
-                f"The checkpoint's state of {target.name} was written by galore_torch. "
-                "Convert it first: lightning-galore convert OLD NEW."
-            )
-        if BASIS not in saved:
-            raise ValueError(
-                f"The checkpoint holds no subspace for {target.name}: its optimizer state is full-rank. Load its "
-                "weights only (Module.load_from_checkpoint) and start a new run, or resume it without GaLore."
-            )
-        _check_geometry(saved, target, adaptive=adaptive)
-
-
-def _is_unused(saved: Mapping[str, Any], target: Target) -> bool:
-    """Whether the state is from the optimizer's constructor (Adagrad) and its weight was never stepped."""
-    shapes = {tuple(value.shape) for value in saved.values() if isinstance(value, Tensor) and value.ndim}
-    return float(saved.get("step", 1)) == 0 and shapes <= {target.projection.low_shape}
-
-
-def _check_geometry(saved: Mapping[str, Any], target: Target, *, adaptive: bool) -> None:
-    projection = target.projection
-    names = {code: side for side, code in SIDE_CODES.items()}
-    side = names.get(saved.get(SIDE, -1), "unknown")
-    rank = _saved_rank(saved)
-    fits = projection.with_rank(min(rank, projection.rank) if adaptive else projection.rank)
-    keys = [key for key in basis_keys(projection) if isinstance(saved.get(key), Tensor)]
-    shapes = (
-        projection.with_rank(rank).basis_shapes
-        if isinstance(saved[BASIS], int)
-        else tuple(
-            # Codes have the shape that their rank says, if there are as many as that takes.
-            shape if storage.holds(saved[key], saved.get(key + ABSMAX), shape) else tuple(saved[key].shape)
-            for key, shape in zip(keys, projection.with_rank(rank).basis_shapes, strict=False)
-        )
-    )
-    if side == projection.side and shapes == fits.basis_shapes:
-        return
-    raise ValueError(
-        f"The checkpoint's subspace of {target.name} has rank={rank}, side={side} and bases {shapes}; this run has "
-        f"rank={projection.rank}, side={projection.side} and bases {projection.basis_shapes}. Set rank={rank} and the "
-        "proj_type of that run, or load its weights only (Module.load_from_checkpoint) and start a new run."
-    )
-
-
-def restore_dtypes(
-    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
-) -> None:
-    """Give each state tensor the dtype that it was saved in: torch casts all but ``step`` to the parameter's dtype.
-
-    In place of cast values, which may have lost digits (fp32 moments of a bf16 weight) or their meaning (8-bit codes).
-    """
-    for param, saved in _saved_states(state_dict, param_groups):
-        for key, value in saved.items():
-            loaded = state[param].get(key)
-            if (
-                isinstance(value, Tensor)
-                and isinstance(loaded, Tensor)
-                and value.dtype != loaded.dtype
-                and key != "step"
-            ):
-                state[param][key] = value.to(loaded.device, copy=True)
-
-
-def _saved_states(
-    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Parameters with their saved state. Groups of other sizes are left to torch, which refuses them with a message."""
-    for group, saved_group in zip(param_groups, state_dict["param_groups"], strict=False):
-        for param, index in zip(group["params"], saved_group["params"], strict=False):
-            saved = state_dict["state"].get(index)
-            if saved:
-                yield param, saved

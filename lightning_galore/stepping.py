@@ -64,10 +64,10 @@ class Stepper:
             remembered = self._transformed(param, low_grad.grad, self._entries(param, low_grad), carried)
         penalty = self._penalty(group)
         if penalty:
-            decay = low_grad.coordinates.project(param.detach())
+            share = low_grad.coordinates.project(low_grad.projection.unfold(param.detach()))
             for grad in (low_grad.grad, plain):
                 if grad is not None:
-                    grad.add_(decay, alpha=penalty)
+                    grad.add_(share, alpha=penalty)
         # Not of all weights until they have stepped; in mode "layerwise" this one steps next.
         late = low_grad.coordinates.gathers and self._config.mode != "layerwise"
         if late or not self._projector.lift.needs_bases:
@@ -224,7 +224,7 @@ class Stepper:
         coordinates, lift = low_grad.coordinates, self._projector.lift
         seen, full = low_grad.grad if swap.plain is None else swap.plain, low_grad.full
         if full is not None and swap.penalty:  # of one weight at a time
-            full = full.add(swap.param.detach(), alpha=swap.penalty)
+            full = full.add(projection.unfold(swap.param.detach()), alpha=swap.penalty)
         # Where processes hold parts of the weight, each lifts its own.
         update = Update(
             low_update=coordinates.spread(swap.proxy.detach()),
@@ -236,7 +236,8 @@ class Stepper:
             ascends=bool(group.get("maximize")),
             entries=state.lift_entries if lift.needs_grad else {},
         )
-        with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
+        rounded = self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step)
+        with rounded as wide, projection.opened(wide) as weight:
             bases = coordinates.bases if lift.needs_bases else ()
             lift.apply_(weight, update, projection, bases, scale=scale, shrink=self._shrink(group, 1.0))
         if update.entries:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_galore.config import CLASS_PREFIX, GaLoreConfig, names
-from lightning_galore.subspace import Projection, resolve_side
+from lightning_galore.geometry import projection_of
+from lightning_galore.subspace import Projection
 
 # What the last layer is called in Transformers, timm, torchvision and fairseq; compared with whole parts of a name.
 HEAD_NAMES = frozenset(
@@ -31,6 +32,7 @@ HEAD_NAMES = frozenset(
         "pre_classifier",
     }
 )
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class NoTargetsError(ValueError):
@@ -87,7 +89,7 @@ class TargetTable:
                     row.name,
                     "x".join(map(str, row.shape)) or "scalar",
                     projection.side if projection else "-",
-                    str(projection.rank) if projection else "-",
+                    projection.label if projection else "-",
                     "-" if row.state_bytes is None else f"{row.state_bytes:,}",
                     row.reason,
                 )
@@ -128,6 +130,7 @@ class Selector:
         self.heads: set[Tensor] = set()
         self.embeddings: set[Tensor] = set()
         self.linear: set[Tensor] = set()
+        self.named_embeddings: set[Tensor] = set()
         modules = [(clean_name(name), module) for name, module in model.named_modules()] if model is not None else []
         self.linear_names = [name for name, module in modules if isinstance(module, nn.Linear)]
         for pattern, rank in config.rank_patterns if modules else ():
@@ -146,11 +149,25 @@ class Selector:
                 self.matched.update(own)
             if _matches(config.ignore_modules, name, module, "ignore_modules"):
                 self.ignored.update(own)
+        self._note_named_embeddings(modules)
+
+    def _note_named_embeddings(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        """Which embeddings are meant: a pattern as wide as ``.*`` or ``encoder`` does not ask for them."""
+        patterns = self.config.target_modules
+        if patterns == "all-linear":
+            return
+        assert not isinstance(patterns, type)  # the configuration has written classes as strings
+        for item in [patterns] if isinstance(patterns, str) else [(one,) for one in patterns]:
+            hit = [module for name, module in modules if _matches(item, name, module, "target_modules")]
+            owned = [[p for p in module._parameters.values() if p is not None and p.ndim > 1] for module in hit]
+            found = {param for params in owned for param in params}
+            if all(isinstance(m, _EMBEDDINGS) for m, params in zip(hit, owned, strict=True) if params):
+                self.named_embeddings.update(found)
 
     def _note_class(self, module: nn.Module, own: list[nn.Parameter]) -> None:
         if isinstance(module, nn.Linear):
             self.linear.update(own)
-        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        elif isinstance(module, _EMBEDDINGS):
             self.embeddings.update(own)
 
     def select(self, param: Tensor, group: Mapping[str, Any], fallback_name: str) -> tuple[Target | None, str]:
@@ -165,19 +182,16 @@ class Selector:
         reason = self._reason(param, group)
         if reason:
             return None, reason
-        config = self.config.for_group(group)
-        shape = (param.shape[0], param.shape[1])
-        # A rank in the group names these very weights, so r = min(m, n) is honoured there although it saves nothing.
-        least = min(shape) if "rank" in group else min(shape) - 1
-        name = self.names.get(param, fallback_name)
-        rank = config.rank_of(name.rpartition(".")[0], shape, named=group.get("rank"))
-        if rank > least:
-            return None, f"min(m, n) = {min(shape)} <= rank = {rank}: nothing would be saved"
-        side, heads, note = resolve_side(config.proj_type, shape), config.has_heads(name.rpartition(".")[0]), ""
-        if config.compress_activations and side == "left" and param in self.linear:
-            side, note = "right", "(on the right: compress_activations)"
-        projection = Projection(shape=shape, side=side, rank=rank, has_heads=heads)
-        return Target(name=name, projection=projection), note
+        name, config = self.names.get(param, fallback_name), self.config.for_group(group)
+        projection, reason = projection_of(param, config, module=name.rpartition(".")[0], named=group.get("rank"))
+        if (
+            config.compress_activations
+            and param in self.linear
+            and projection is not None
+            and projection.side == "left"
+        ):
+            projection, reason = replace(projection, side="right"), "(on the right: compress_activations)"
+        return None if projection is None else Target(name=name, projection=projection), reason
 
     def _reason(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Why ``param`` cannot or shall not be projected, whatever its rank; empty when it can."""
@@ -188,7 +202,7 @@ class Selector:
             reason = self._not_selected(param)
             if reason:
                 return reason
-        if param.ndim != 2:
+        if param.ndim < 2:
             return f"order {param.ndim}: only matrices are projected"
         if not param.is_floating_point():
             return f"{param.dtype} is not a real floating-point type"
@@ -204,8 +218,8 @@ class Selector:
             return "parametrized: the weight is computed from it"
         if param not in self.matched:
             return "not in target_modules" if param.ndim > 1 else f"order {param.ndim}"
-        if param in self.embeddings:
-            return "embedding, or tied to one"
+        if param in self.embeddings - self.named_embeddings:
+            return "embedding, or tied to one (taken where a pattern names only embeddings)"
         if everything_linear and param in self.heads:
             return "output head (all-linear leaves it out)"
         return ""

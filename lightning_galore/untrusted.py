@@ -44,13 +44,13 @@ class InertProjector:
 
 
 class RefusedTensorProjector:
-    """Stands for ``GaLoreProjectorTensor``, which has no counterpart."""
+    """Stands for ``GaLoreProjectorTensor``, which is not converted."""
 
     def __new__(cls, *args: object) -> RefusedTensorProjector:
         """Refuse, whatever the file passes."""
         raise ConversionError(
             "The checkpoint projects weights of more than two dimensions (a GaLoreProjectorTensor of galore-torch). "
-            "Their Tucker factors have no counterpart here. Load the model's weights only and start a new optimizer."
+            "Their Tucker factors are not converted. Load the model's weights only and start a new optimizer."
         )
 
 

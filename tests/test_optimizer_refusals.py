@@ -169,19 +169,6 @@ def test_what_is_no_optimizer_is_refused(base: Any) -> None:
         GaLoreOptimizer(base, matrices(), rank=2)
 
 
-def test_sparse_gradient_is_refused_before_anything_moves() -> None:
-    model = Matrices((12, 8), (12, 8))
-    optimizer = GaLoreOptimizer(optim.AdamW(model.parameters(), weight_decay=0.1), model, rank=2)
-    model.give_gradients(0)
-    first, second = model.parameters()
-    second.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 8), (12, 8), check_invariants=True)
-    before = first.detach().clone()
-    message = r"layers\.1\.weight has a sparse gradient, which cannot be projected; add it to ignore_modules"
-    with pytest.raises(ValueError, match=message):
-        optimizer.step()
-    assert torch.equal(first, before)
-
-
 def test_setting_out_of_range_in_a_group_is_refused() -> None:
     model = matrices()
     base = optim.AdamW([{"params": list(model.parameters()), "rank": 2, "scale": 0.0}])

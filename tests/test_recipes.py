@@ -14,8 +14,8 @@ from lightning_galore.tasks.glue_tasks import TASKS
 from tests.tasks.tiny import build_tiny_model, write_pairs
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# The GAN has other tasks and a test of its own, tests/tasks/test_gan.py.
-ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "gan")
+# The GAN has other tasks and LoRA other weights, and tests of their own: tests/tasks/test_gan.py, test_lora.py.
+ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem not in ("gan", "lora"))
 GLUE = sorted(set(TASKS) - {"demo"})
 
 # Appendix table of arXiv 2403.03507: the peak learning rates.

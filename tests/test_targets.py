@@ -13,6 +13,7 @@ from lightning_galore import GaLoreConfig, GaLoreOptimizer, storage
 from lightning_galore.targets import NoTargetsError, TargetTable, clean_name, select_targets
 from tests.helpers import Matrices, TinyTransformer, train
 
+EMBEDDING = "embedding, or tied to one (taken where a pattern names only embeddings)"
 LINEAR = {f"blocks.0.{name}.weight" for name in ("query", "key", "value", "output", "up", "down")}
 
 
@@ -55,11 +56,10 @@ def test_all_linear_takes_every_linear_but_the_head() -> None:
 
 def test_every_kind_of_parameter_has_its_reason() -> None:
     table = select(Zoo(), target_modules=".*")
-    assert {row.name for row in table.taken} == {"body.weight", "free", "classifier.weight"}
+    assert {row.name for row in table.taken} == {"body.weight", "conv.weight", "free", "classifier.weight"}
     expected = {
-        "embed.weight": "embedding, or tied to one",
+        "embed.weight": EMBEDDING,
         "body.bias": "order 1: only matrices are projected",
-        "conv.weight": "order 4: only matrices are projected",
         "conv.bias": "order 1: only matrices are projected",
         "norm.weight": "order 1: only matrices are projected",
         "norm.bias": "order 1: only matrices are projected",
@@ -99,7 +99,7 @@ def test_weight_tied_to_an_embedding_is_left_out_and_other_tied_weights_count_on
     model.lm_head.weight = model.embedding.weight
     model.blocks[0].query.weight = model.blocks[0].key.weight  # type: ignore[union-attr]
     table = select(model, target_modules=".*")
-    assert reasons(table)["embedding.weight"] == "embedding, or tied to one"
+    assert reasons(table)["embedding.weight"] == EMBEDDING
     assert [row.name for row in table.rows].count("lm_head.weight") == 0
     assert {row.name for row in table.taken} == LINEAR - {"blocks.0.key.weight"}
 

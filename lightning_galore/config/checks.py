@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_galore.config.presets import CLASS_PREFIX
+from lightning_galore.config.presets import CLASS_PREFIX, Rank
 
 
 def check_int(name: str, value: object, *, minimum: int, remedy: str) -> None:
@@ -38,8 +38,21 @@ def _check_number(name: str, value: object, *, remedy: str) -> None:
         raise TypeError(f"{name}={value!r} must be a number; {remedy}.")
 
 
+def as_rank(name: str, value: Any) -> Rank:
+    """A rank with its entries, if it has several, in a tuple (a list in YAML); refused out of range."""
+    rank: Rank = tuple(value) if isinstance(value, list) else value
+    check_rank(name, rank)
+    return rank
+
+
 def check_rank(name: str, value: object) -> None:
-    """Refuse what is neither a width nor a fraction of the short side."""
+    """Refuse what is neither a width, a fraction, nor a width for each mode."""
+    if isinstance(value, tuple):
+        for one in value:
+            check_int(name, one, minimum=1, remedy="each mode has a rank of 1 or more, e.g. rank=(16, 16, 3, 3)")
+        if len(value) < 3:
+            raise ValueError(f"{name}={value!r} must have a rank for each of three modes or more; a matrix has one.")
+        return
     remedy = "the paper uses a quarter of the hidden size, e.g. rank=128; rank=0.25 is a quarter of the short side"
     if isinstance(value, float) and not 0 < value < 1:
         raise ValueError(f"{name}={value!r} must be an integer, or a fraction in (0, 1); {remedy}.")
@@ -74,7 +87,7 @@ def as_patterns(name: str, value: str | type | Sequence[str | type]) -> tuple[st
     return tuple(patterns)
 
 
-def as_rank_pattern(name: str, value: Any) -> tuple[tuple[str, int | float], ...]:
+def as_rank_pattern(name: str, value: Any) -> tuple[tuple[str, Rank], ...]:
     """Ranks by module name as pairs in the order given, which can be hashed and saved."""
     if value is None:
         return ()
@@ -87,12 +100,12 @@ def as_rank_pattern(name: str, value: Any) -> tuple[tuple[str, int | float], ...
     for pattern, rank in pairs:
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(f"{name}={value!r} must map module names to ranks, not {pattern!r}.")
-        check_rank(f"{name}[{pattern!r}]", rank)
+        as_rank(f"{name}[{pattern!r}]", rank)
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{name}: {pattern!r} is not a valid regular expression ({error}).") from error
-    return pairs
+    return tuple((pattern, as_rank(name, rank)) for pattern, rank in pairs)
 
 
 def names(pattern: str, module: str) -> bool:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+#: A width, a fraction, or (of a tensor) a width for each mode.
+Rank: TypeAlias = int | float | tuple[int, ...]
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 SubspaceName = Literal[
     "auto",
@@ -20,7 +22,11 @@ SubspaceName = Literal[
     "coordinates",
     "block",
     "cross_head",
+    "tucker",
+    "tucker_warm",
 ]
+#: Those that find a basis for each mode of a tensor.
+BY_MODES = ("tucker", "tucker_warm")
 ScheduleName = Literal["auto", "fixed", "adaptive", "cos", "energy"]
 RankRuleName = Literal["auto", "fixed", "energy", "energy_shrink", "noise_edge"]
 TransformName = Literal["auto", "none", "spam", "stable-spam", "natural"]
@@ -60,6 +66,7 @@ Method = Literal[
     "apollo-mini",
     "q-apollo",
     "fira",
+    "tensor-galore",
 ]
 
 #: In a method's row: the user must say it, and why.
@@ -191,6 +198,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # arXiv 2412.19820 without its sparsely coded residual.
     "galore-plus": {"subspace": "cross_head", "schedule": "fixed", "stagger": False, "moments": "keep"},
+    # arXiv 2501.02379: weights of order > 2 in Tucker's coordinates.
+    "tensor-galore": {"subspace": "tucker_warm", "schedule": "fixed", "stagger": False, "moments": "keep"},
 }
 #: The subspaces whose bases can be drawn again from a number.
 DRAWN = ("gaussian", "random_orthonormal")

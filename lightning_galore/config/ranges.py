@@ -5,20 +5,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_galore.config.checks import check_int, check_positive, check_rank, check_share
-from lightning_galore.config.presets import DRAWN
+from lightning_galore.config.checks import check_int, check_positive, check_share
+from lightning_galore.config.presets import BY_MODES, DRAWN
 
 if TYPE_CHECKING:
     from lightning_galore.config.settings import GaLoreConfig
 
 
 #: Subspaces that know no singular values of the gradient.
-_BLIND = ("gaussian", "random_orthonormal", "columns", "coordinates", "block", "track", "blend", "cross_head")
+_BLIND = (
+    "gaussian",
+    "random_orthonormal",
+    "columns",
+    "coordinates",
+    "block",
+    "track",
+    "blend",
+    "cross_head",
+    *BY_MODES,
+)
 
 
 def check_numbers(config: GaLoreConfig) -> None:
     """Refuse ranks, factors and shares out of range."""
-    check_rank("rank", config.rank)
     check_int("seed", config.seed, minimum=0, remedy="use any integer from 0 on")
     check_int("min_rank", config.min_rank, minimum=1, remedy="1 is the least")
     if isinstance(config.rank, int) and config.min_rank > config.rank:
@@ -107,6 +116,23 @@ def check_subspace(config: GaLoreConfig) -> None:
             f"rank_rule={config.rank_rule!r} looks at singular values of the gradient, which "
             f"subspace={config.subspace!r} does not find; use rank_rule='fixed', or a subspace such as 'randomized'."
         )
+    _check_modes(config)
+
+
+def _check_modes(config: GaLoreConfig) -> None:
+    """Refuse what has no meaning along the modes of a tensor, or along them only."""
+    if config.by_modes and config.lift != "project_back":
+        raise ValueError(
+            f"lift={config.lift!r} with subspace={config.subspace!r}: it is defined for matrices. Use "
+            "lift='project_back', or another subspace, with which a weight of order > 2 is folded into a matrix."
+        )
+    if not config.by_modes:
+        for rank in (config.rank, *(rank for _, rank in config.rank_patterns)):
+            if isinstance(rank, tuple):
+                raise ValueError(
+                    f"rank={rank} names a rank for each mode, which subspace={config.subspace!r} does not know; use "
+                    "subspace='tucker', or one rank."
+                )
 
 
 def check_fused(config: GaLoreConfig) -> None:

@@ -11,23 +11,20 @@ from typing import Any, ClassVar, Literal, get_args
 
 from lightning_galore.config.checks import (
     as_patterns,
+    as_rank,
     as_rank_pattern,
     check_bool,
     check_choice,
     names,
 )
+from lightning_galore.config.opening import opened_axes
 from lightning_galore.config.presets import (
-    AUTO,
+    BY_MODES,
     CHOICES,
-    DRAWN,
     GROUP_KEYS,
     HEADED,
     METHODS,
-    NEEDED,
     NONE_IS_OPEN,
-    OPEN,
-    RESETS,
-    WHY,
     AccumulatorStorage,
     BasisPlacement,
     BasisStorage,
@@ -37,6 +34,7 @@ from lightning_galore.config.presets import (
     MomentsName,
     MomentStorage,
     ProjType,
+    Rank,
     RankRuleName,
     ScheduleName,
     SubspaceName,
@@ -52,8 +50,9 @@ class GaLoreConfig:
 
     Args:
         rank: Width ``r`` of the gradient subspace, or as a fraction in (0, 1) of the weight's short side. A weight
-            with ``min(m, n) <= rank`` would save nothing and stays full-rank. ``auto`` is what ``method`` says, else
-            128.
+            with ``min(m, n) <= rank`` would save nothing and stays full-rank. With ``subspace="tucker"``, for a weight
+            of order > 2: the rank of every mode, a tuple with one for each, or the share of the weight's entries that
+            core and bases have together. ``auto`` is what ``method`` says, else 128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace (``T`` in the paper). None is
             what ``method`` says, else 200.
         scale: Factor on the projected-back update, or on the scaled gradient (``alpha`` in the papers). None is what
@@ -66,6 +65,7 @@ class GaLoreConfig:
         target_modules: Which modules' weights are projected: ``"all-linear"`` (every ``nn.Linear`` but the output head
             and what is tied to an embedding), a regular expression that must match the whole module name, or a list of
             substrings, expressions and module classes (``torch.nn.Linear``, or ``"class:torch.nn.Linear"`` in YAML).
+            An embedding is projected where one of them names nothing but embeddings.
         ignore_modules: Modules to leave out, written like a list for ``target_modules``.
         method: A preset by name: ``galore`` (exact SVD, as published), ``galore2`` (randomized), ``galore-track``
             (the basis follows the gradient at every step), ``galore-8bit`` (``galore`` over an optimizer with 8-bit
@@ -74,14 +74,16 @@ class GaLoreConfig:
             training), ``swan`` (whitened updates without moments), ``spam`` or ``stable-spam`` (gradient spikes are
             clipped, momentum is reset), ``natural-galore`` (natural gradient in the subspace), ``adarankgrad``
             (shrinking ranks), ``galore-plus`` (heads share a basis), ``apollo`` and ``apollo-mini`` (the full gradient,
-            scaled by channel or as a whole), ``q-apollo`` (``apollo`` with int8 weights) or ``fira`` (``galore`` and
-            the scaled residual). Settings you name win.
+            scaled by channel or as a whole), ``q-apollo`` (``apollo`` with int8 weights) ``fira`` (``galore`` and
+            the scaled residual) or ``tensor-galore`` (convolutions along each mode). Settings you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``blend`` (LDAdam's form of it), ``columns`` (the largest columns),
             ``random_orthonormal``, ``gaussian`` (not orthonormal), ``coordinates`` (rows or columns drawn at random) or
             ``block`` (a run of them), ``cross_head`` (queries, keys and values: from a head's rows; others:
-            ``randomized``). ``auto`` is what ``method`` says, else ``randomized``.
+            ``randomized``), ``tucker`` (weights of order > 2 along each mode; exact for matrices) or ``tucker_warm``
+            (the same from the last bases). ``auto`` is what ``method`` says, else ``randomized``. With all the others a
+            weight of order > 2 is folded into the matrix of its first dimension and the rest.
         random_after: From this many steps of a weight on its bases are random orthonormal ones, whatever ``subspace``
             says. None is what ``method`` says, else never.
         schedule: When a basis is refreshed. ``fixed``: every gap; ``adaptive``: the gap follows the overlap of old and
@@ -175,7 +177,7 @@ class GaLoreConfig:
         'svd'
     """
 
-    rank: int | float | Literal["auto"] = "auto"
+    rank: Rank | Literal["auto"] = "auto"
     update_proj_gap: int | None = None
     scale: float | None = None
     proj_type: ProjType = "std"
@@ -199,7 +201,7 @@ class GaLoreConfig:
     rank_energy: float = 0.9
     head_size: int = 64
     min_rank: int = 1
-    rank_pattern: Mapping[str, int | float] | Sequence[tuple[str, int | float]] | None = None
+    rank_pattern: Mapping[str, Rank] | Sequence[tuple[str, Rank]] | None = None
     state_budget: int | None = None
     tracking_rho: float | None = None
     lift: LiftName = "auto"
@@ -228,7 +230,12 @@ class GaLoreConfig:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, (None, *METHODS))
-        self._fill_open_axes()
+        opened = opened_axes(self)
+        for axis, choice in opened.items():
+            object.__setattr__(self, axis, choice)
+        object.__setattr__(self, "_opened", frozenset(opened))
+        object.__setattr__(self, "rank", as_rank("rank", self.rank))
+        object.__setattr__(self, "rank_pattern", as_rank_pattern("rank_pattern", self.rank_pattern))
         check_numbers(self)
         check_fused(self)
         check_schedule(self)
@@ -246,35 +253,14 @@ class GaLoreConfig:
                 f'target_modules={target!r} selects nothing; use "all-linear", a regular expression or a list.'
             )
         object.__setattr__(self, "ignore_modules", as_patterns("ignore_modules", self.ignore_modules))
-        object.__setattr__(self, "rank_pattern", as_rank_pattern("rank_pattern", self.rank_pattern))
-
-    def _fill_open_axes(self) -> None:
-        choices = {**AUTO, **(METHODS[self.method] if self.method else {})}
-        if self.subspace == "gaussian":
-            choices["moments"] = "keep"  # there is no change of coordinates between bases that are not orthonormal
-        if self.weight_storage == "int8":
-            choices["stochastic_round"] = True
-        transform = choices["transform"] if self.transform in OPEN else self.transform
-        choices |= RESETS.get(transform, {})
-        subspace = choices["subspace"] if self.subspace in OPEN else self.subspace
-        if choices["basis_storage"] == "seed" and subspace not in DRAWN:  # APOLLO with an SVD, for example
-            choices["basis_storage"] = "param"
-        opened = {axis: choice for axis, choice in choices.items() if getattr(self, axis) in OPEN}
-        if "reset_warmup" in opened and isinstance(gap := opened.get("reset_gap", self.reset_gap), int):
-            opened["reset_warmup"] = min(opened["reset_warmup"], gap)
-        for axis, choice in opened.items():
-            if choice == NEEDED:
-                raise ValueError(f"method={self.method!r} with {axis}={getattr(self, axis)!r}: say {WHY[axis]}.")
-            object.__setattr__(self, axis, choice)
-        object.__setattr__(self, "_opened", frozenset(opened))
 
     def names_setting(self, name: str) -> bool:
         """Whether a setting was given, and not left open to ``method`` and the defaults."""
         return name not in self._opened
 
     @property
-    def width(self) -> int | float:
-        """``rank``, which is a number once the configuration is made."""
+    def width(self) -> Rank:
+        """``rank``, which is no word once the configuration is made."""
         assert not isinstance(self.rank, str)
         return self.rank
 
@@ -291,6 +277,11 @@ class GaLoreConfig:
         return self.scale
 
     @property
+    def by_modes(self) -> bool:
+        """Whether weights of order > 2 are projected along each mode, instead of folded into a matrix."""
+        return self.subspace in BY_MODES
+
+    @property
     def adaptive_rank(self) -> bool:
         """Whether ``rank`` is only the upper bound of each weight's rank."""
         return self.rank_rule != "fixed"
@@ -300,16 +291,34 @@ class GaLoreConfig:
         low = max(1, gap // 4) if self.min_gap is None else self.min_gap
         return low, 8 * gap if self.max_gap is None else self.max_gap
 
-    def rank_of(self, module: str, shape: tuple[int, int], *, named: int | float | None = None) -> int:
-        """Width of the basis of a weight; under an adaptive rank its upper bound.
+    def rank_named(self, module: str, *, named: Rank | None = None) -> Rank:
+        """The rank of a weight as it was set.
+
+        Args:
+            module: Name of the weight's module.
+            named: The ``rank`` of its param group, which wins.
+        """
+        if named is not None:
+            return as_rank("rank", named)
+        return next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.width)
+
+    def rank_of(self, module: str, shape: tuple[int, int], *, named: Rank | None = None) -> int:
+        """Width of the basis of a matrix; under an adaptive rank its upper bound.
 
         Args:
             module: Name of the weight's module.
             shape: ``(m, n)`` of the weight.
             named: The ``rank`` of its param group, which wins.
+
+        Raises:
+            ValueError: If the rank has an entry for each mode of a tensor.
         """
-        rank = next((rank for pattern, rank in self.rank_patterns if names(pattern, module)), self.width)
-        rank = rank if named is None else named
+        rank = self.rank_named(module, named=named)
+        if isinstance(rank, tuple):
+            raise ValueError(
+                f"rank={rank} for {module} of shape {shape}: a matrix has one rank. Give it one by rank_pattern or in "
+                "its param group, or leave it out by ignore_modules."
+            )
         return max(1, round(rank * min(shape))) if isinstance(rank, float) else rank
 
     def has_heads(self, module: str) -> bool:
@@ -321,7 +330,7 @@ class GaLoreConfig:
         return self.subspace == "cross_head" and re.fullmatch(HEADED, module) is not None
 
     @property
-    def rank_patterns(self) -> tuple[tuple[str, int | float], ...]:
+    def rank_patterns(self) -> tuple[tuple[str, Rank], ...]:
         """``rank_pattern`` as pairs, as which it is kept."""
         return self.rank_pattern  # type: ignore[return-value]
 

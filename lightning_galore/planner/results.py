@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_galore.config import Mode
+from lightning_galore.config import Mode, Rank
 from lightning_galore.planner.sharing import Devices
 
 
@@ -85,7 +85,7 @@ class Fit:
 
     name: str
     label: str
-    rank: int | float | None
+    rank: Rank | None
     batch_size: int | None
     checkpointing: bool
     total: int
@@ -110,7 +110,7 @@ class Plan:
 
     model: str
     parameters: int
-    rank: int | float
+    rank: Rank
     batch: str
     precision: str
     devices: Devices

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_galore.config import GaLoreConfig
+from lightning_galore.config import GaLoreConfig, Rank
 from lightning_galore.planner.candidates import Candidate
 from lightning_galore.planner.columns import UNAVAILABLE, peak_of, ways_to_recompute
 from lightning_galore.planner.fakes import Job
@@ -147,7 +147,7 @@ def free_ranks(job: Job) -> list[int]:
     return ranks
 
 
-def _trades(candidate: Candidate, checkpointing: bool, rank: int | float | None, asked: int | float | None) -> str:
+def _trades(candidate: Candidate, checkpointing: bool, rank: Rank | None, asked: Rank) -> str:
     said = [candidate.trades.format(rank=rank)] if candidate.trades else []
     if rank is not None and rank != asked:
         said.append(f"rank {rank} instead of {asked}")

@@ -32,6 +32,7 @@ from lightning_galore.config import (
     MomentsName,
     MomentStorage,
     ProjType,
+    Rank,
     RankRuleName,
     ScheduleName,
     SubspaceName,
@@ -61,7 +62,8 @@ class GaLoreStrategy(BackwardModes):
     as ``strategy="galore"`` when ``lightning_galore`` is imported.
 
     Args:
-        rank: Width of the gradient subspace, or as a fraction of a weight's short side; auto is the method's, else 128.
+        rank: Width of the gradient subspace, or as a fraction of a weight's short side; of a tensor also one for each
+            mode; auto is the method's, else 128.
         update_proj_gap: Optimizer steps between two refreshes of a weight's subspace; None is the method's, else 200.
         scale: Factor on the projected-back update, or on the scaled gradient; None is the method's, else 0.25.
         proj_type: Which side is projected: std, reverse_std, left, right or full.
@@ -70,10 +72,11 @@ class GaLoreStrategy(BackwardModes):
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
         method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, ldadam, frugal, golore, swan,
-            spam, stable-spam, natural-galore, adarankgrad, galore-plus, apollo, apollo-mini, q-apollo or fira;
-            settings you name win over it.
+            spam, stable-spam, natural-galore, adarankgrad, galore-plus, apollo, apollo-mini, q-apollo, fira
+            or tensor-galore; settings you name win over it.
         subspace: How a basis is found: randomized, svd, gram, power, track, blend, columns, random_orthonormal,
-            gaussian, coordinates, block or cross_head.
+            gaussian, coordinates, block, cross_head, tucker (weights of order > 2 along each mode) or tucker_warm (the
+            same from the last bases).
         random_after: From this many steps of a weight on its bases are random orthonormal ones.
         schedule: When a basis is refreshed: fixed, adaptive (by overlap), cos (Q-GaLore's rule) or energy.
         stagger: Spread the refreshes of the weights over the gap; None is the method's, else True.
@@ -135,7 +138,7 @@ class GaLoreStrategy(BackwardModes):
 
     def __init__(
         self,
-        rank: int | float | Literal["auto"] = "auto",
+        rank: Rank | Literal["auto"] = "auto",
         update_proj_gap: int | None = None,
         scale: float | None = None,
         proj_type: ProjType = "std",
@@ -159,7 +162,7 @@ class GaLoreStrategy(BackwardModes):
         rank_energy: float = 0.9,
         head_size: int = 64,
         min_rank: int = 1,
-        rank_pattern: dict[str, int | float] | None = None,
+        rank_pattern: dict[str, Rank] | None = None,
         state_budget: int | None = None,
         tracking_rho: float | None = None,
         lift: LiftName = "auto",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_galore.config import GaLoreConfig
+from lightning_galore.config import GaLoreConfig, Rank
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.targets import TargetTable
 
@@ -116,10 +117,11 @@ def _accumulates(trainer: Trainer) -> bool:
     return trainer.accumulate_grad_batches > 1 or any(max(cb.scheduling.values()) > 1 for cb in scheduled)
 
 
-def warn_of_small_weights(table: TargetTable, rank: int | float | None) -> None:
+def warn_of_small_weights(table: TargetTable, rank: Rank) -> None:
     """Say which selected weights a lower rank would project too."""
     # A single row or column has no smaller rank, so there is nothing to advise.
-    small = [row.name for row in table.rows if "nothing would be saved" in row.reason and min(row.shape) > 1]
+    stay = [row for row in table.rows if "nothing would be saved" in row.reason]
+    small = [row.name for row in stay if min(row.shape[0], math.prod(row.shape[1:])) > 1]
     if small:
         rank_zero_warn(
             f"rank={rank}: {len(small)} selected weights are no larger than the rank and stay full-rank "

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
@@ -38,14 +38,14 @@ class GaLoreModelParallelStrategy(ReplicaCheck, GaLoreStrategy, ModelParallelStr
     projected, so that an ordinary step of ours sends nothing. One that has it does so itself, with torch's
     ``fully_shard`` on ``self.device_mesh["data_parallel"]``; there
     :func:`~lightning_galore.sharding.shard_placement` gives the same placement. Takes the arguments of both parents;
-    ``data_parallel_size`` is all devices unless it is said, and ``tensor_parallel_size`` 1.
+    ``data_parallel_size`` and ``tensor_parallel_size`` are all devices and 1 unless one is said; then the other is what
+    is left of them.
     """
 
     @override
     def setup_environment(self) -> None:
-        sizes = [size for size in (self._data_parallel_size, self._tensor_parallel_size) if size != "auto"]
-        if not sizes:  # Lightning would use tensor parallelism within a node
-            self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        sizes, devices = (self._data_parallel_size, self._tensor_parallel_size), self.num_nodes * self.num_processes
+        self._data_parallel_size, self._tensor_parallel_size = mesh_sizes(*sizes, devices=devices)
         super().setup_environment()
         module = self.lightning_module
         if module is not None and not is_overridden("configure_model", module):
@@ -155,6 +155,21 @@ class GaLoreModelParallelStrategy(ReplicaCheck, GaLoreStrategy, ModelParallelStr
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: :meth:`load_checkpoint` has done so."""
+
+
+def mesh_sizes(data: int | Literal["auto"], tensor: int | Literal["auto"], *, devices: int) -> tuple[int, int]:
+    """Data-parallel and tensor-parallel size: all devices and 1, or what one of them leaves of the devices.
+
+    Lightning's own ``"auto"`` would use tensor parallelism within a node. Sizes that do not multiply to the devices are
+    left for it to refuse.
+
+    Example:
+        >>> mesh_sizes("auto", "auto", devices=8), mesh_sizes("auto", 2, devices=8), mesh_sizes(2, "auto", devices=8)
+        ((8, 1), (4, 2), (2, 4))
+    """
+    if tensor != "auto":
+        return (max(1, devices // tensor) if data == "auto" else data), tensor
+    return (devices, 1) if data == "auto" else (data, max(1, devices // data))
 
 
 def shard_module(module: nn.Module, mesh: Any, proj_type: ProjType = "std") -> None:

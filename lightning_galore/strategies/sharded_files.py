@@ -17,7 +17,7 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_galore import dtensors, sharded_state, state_keys
+from lightning_galore import dtensors, saved_state, sharded_state, state_keys
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.sharding import Sharding
 from lightning_galore.targets import Target, clean_name
@@ -134,7 +134,7 @@ def check(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """
     groups, config = optimizer.param_groups, getattr(optimizer, "config", None)
     targets = optimizer.targets if isinstance(optimizer, GaLoreOptimizer) else {}
-    state_keys.check_loadable(state_dict, groups, targets, adaptive=config is not None and config.adaptive_rank)
+    saved_state.check_loadable(state_dict, groups, targets, adaptive=config is not None and config.adaptive_rank)
 
 
 def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -19,7 +19,9 @@ from lightning_galore.subspace.power import Power
 from lightning_galore.subspace.random import Gaussian, RandomOrthonormal, draw
 from lightning_galore.subspace.randomized import Randomized
 from lightning_galore.subspace.svd import SVD, Gram
+from lightning_galore.subspace.tensors import FoldedProjection, TuckerProjection
 from lightning_galore.subspace.track import Track
+from lightning_galore.subspace.tucker import Tucker, WarmTucker
 
 SUBSPACES: dict[str, type[Subspace]] = {
     "randomized": Randomized,
@@ -34,17 +36,23 @@ SUBSPACES: dict[str, type[Subspace]] = {
     "cross_head": CrossHead,
     "gaussian": Gaussian,
     "random_orthonormal": RandomOrthonormal,
+    "tucker": Tucker,
+    "tucker_warm": WarmTucker,
 }
 
 __all__ = [
     "SIDE_CODES",
     "SUBSPACES",
+    "FoldedProjection",
     "Found",
     "Known",
     "Projection",
     "RandomOrthonormal",
     "Side",
     "Subspace",
+    "Tucker",
+    "TuckerProjection",
+    "WarmTucker",
     "draw",
     "resolve_side",
     "seeded_generator",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
@@ -18,9 +20,10 @@ from typing_extensions import Self
 from lightning_galore import gemm, linalg
 from lightning_galore.config import GaLoreConfig, ProjType
 
-Side = Literal["left", "right", "full"]
+#: ``modes``: not a matrix but a tensor, along several of its dimensions.
+Side = Literal["left", "right", "full", "modes"]
 # In a state dict a side is a number: torch walks into strings there as into any iterable.
-SIDE_CODES: dict[Side, int] = {"left": 0, "right": 1, "full": 2}
+SIDE_CODES: dict[Side, int] = {"left": 0, "right": 1, "full": 2, "modes": 3}
 
 
 def resolve_side(proj_type: ProjType, shape: tuple[int, int]) -> Side:
@@ -36,6 +39,8 @@ def resolve_side(proj_type: ProjType, shape: tuple[int, int]) -> Side:
 @dataclass(frozen=True)
 class Projection:
     """How one weight is projected: decided once, when the weight is chosen.
+
+    This is a matrix's; ``subspace/tensors.py`` has its siblings for weights of a higher order.
 
     Args:
         shape: ``(m, n)`` of the weight.
@@ -54,6 +59,32 @@ class Projection:
         return self if rank == self.rank else replace(self, rank=rank)
 
     @property
+    def label(self) -> str:
+        """The rank, for people."""
+        return str(self.rank)
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """What the state must hold to be read again, besides bases and rank; empty for a matrix."""
+        return ()
+
+    def in_layout(self, layout: tuple[int, ...]) -> Projection:
+        """The same weight as a state of another layout means it."""
+        return self
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """The weight or its gradient as :meth:`project` takes it: dense, and folded into a matrix if that is wanted.
+
+        What is dense is not copied. Row-sparse gradients (``nn.Embedding(sparse=True)``) are: one weight at a time.
+        """
+        return tensor.to_dense() if tensor.is_sparse else tensor
+
+    @contextmanager
+    def opened(self, weight: Tensor) -> Iterator[Tensor]:
+        """The weight as :meth:`add_back_` takes it; what is written there is in the weight when the block is left."""
+        yield weight
+
+    @property
     def low_shape(self) -> tuple[int, int]:
         """Shape of the low-rank gradient, its update and its moments."""
         m, n = self.shape
@@ -64,14 +95,14 @@ class Projection:
         """Shapes of the bases: one, or left and right for ``full``."""
         m, n = self.shape
         left, right = (m, self.rank), (n, self.rank)
-        return {"left": (left,), "right": (right,), "full": (left, right)}[self.side]
+        return {"left": (left,), "right": (right,)}.get(self.side, (left, right))
 
     def oriented(
         self,
         matrix: Tensor,  # (m, n)
     ) -> tuple[Tensor, ...]:
         """``matrix`` as each basis sees it ``(d, l)``, a view with its projected dimension first: see basis_shapes."""
-        return {"left": (matrix,), "right": (matrix.mT,), "full": (matrix, matrix.mT)}[self.side]
+        return {"left": (matrix,), "right": (matrix.mT,)}.get(self.side, (matrix, matrix.mT))
 
     def project(
         self,

@@ -5,14 +5,15 @@ from importlib import import_module
 from types import ModuleType
 
 
-def require(name: str) -> ModuleType:
-    """Import an optional package of the extra ``recipes``.
+def require(name: str, *, extra: str = "recipes") -> ModuleType:
+    """Import an optional package.
 
     The packages are imported inside functions, so that ``lightning-galore --help`` and a plain
     ``import lightning_galore`` neither need them nor wait for them.
 
     Args:
         name: The module to import, for example ``"transformers"``.
+        extra: The extra of this package that brings it.
 
     Returns:
         The imported module.
@@ -27,6 +28,6 @@ def require(name: str) -> ModuleType:
             raise  # the package is there; something that it imports itself is missing
         raise ModuleNotFoundError(
             f"The tasks need the package {error.name!r}, which is not installed. "
-            'Install it with: pip install "lightning-galore[recipes]"',
+            f'Install it with: pip install "lightning-galore[{extra}]"',
             name=error.name,
         ) from error

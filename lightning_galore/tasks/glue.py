@@ -57,6 +57,8 @@ class GlueModule(LightningModule):
         optimizer: Another optimizer instead of AdamW. By name, as ``"adamw8bit"``, it takes ``lr``, ``betas`` and
             ``eps`` where it has them; a callable on the parameter groups (in YAML its class) replaces them. The two
             groups keep their ``weight_decay`` either way.
+        lora_rank: Freeze the encoder and train LoRA's factors of this rank beside its linear layers, and the head
+            (``peft``; ``lora_alpha`` is the rank). 0 trains the whole network.
 
     Example:
         >>> module = GlueModule(task="cola", model="roberta-base", lr=3e-5)
@@ -74,6 +76,7 @@ class GlueModule(LightningModule):
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
         optimizer: OptimizerCallable | str | None = None,
+        lora_rank: int = 0,
     ) -> None:
         super().__init__()
         # A callable would be pickled into the checkpoint, which torch then refuses to load as weights only.
@@ -84,6 +87,7 @@ class GlueModule(LightningModule):
         self.model = model
         self.warmup_ratio = warmup_ratio
         self.weight_decay = weight_decay
+        self.lora_rank = lora_rank
         if optimizer is None or isinstance(optimizer, str):
             optimizer = named_optimizer(optimizer or "adamw", lr=lr, betas=betas, eps=eps)
         self.make_optimizer = optimizer
@@ -117,9 +121,18 @@ class GlueModule(LightningModule):
             else:
                 auto = require("transformers").AutoModelForSequenceClassification
                 net = auto.from_pretrained(self.model, dtype=torch.get_default_dtype(), **config)
+            if self.lora_rank:
+                net = self._with_lora(net)
         self.net = (
             net.train()
         )  # from_pretrained returns it in eval mode, i.e. without dropout, and Lightning keeps that
+
+    def _with_lora(self, net: nn.Module) -> nn.Module:
+        peft = require("peft", extra="lora")
+        rank = self.lora_rank
+        # The task's name keeps the classification head trained.
+        lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_CLS")
+        return cast("nn.Module", peft.get_peft_model(net, lora))
 
     @override
     def forward(self, **batch: Tensor) -> Any:

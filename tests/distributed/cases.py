@@ -73,6 +73,20 @@ class Matrices(nn.Module):
         return self.second(self.middle(self.first(x).tanh()).tanh())
 
 
+class Convs(nn.Module):
+    """Weights of order 3 and 4, one in channels_last, and a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave, self.image = nn.Conv1d(2, 9, 5), nn.Conv2d(9, 12, (1, 3))
+        self.image.weight.data = self.image.weight.data.to(memory_format=torch.channels_last)
+        self.last = nn.Linear(72, 18)
+
+    def forward(self, x: Tensor, rank: int, micro: int) -> Tensor:
+        x = self.wave(x.reshape(len(x), 2, 12)).tanh()
+        return self.last(self.image(x[:, :, None]).tanh().flatten(1))
+
+
 class Early(Branches):
     """A layer whose gradient comes with the first micro-batch only, and on the first process only."""
 
@@ -272,14 +286,15 @@ def _cases() -> dict[str, Case]:
             for dtype in (torch.float32, torch.float64):
                 name = f"{mode}-{accumulate}-{str(dtype)[6:]}"
                 cases[name] = Case(mode, accumulate=accumulate, dtype=dtype)
-        for name, settings in SETTINGS.items():
-            cases[f"{mode}-{name}"] = Case(mode, settings, dtype=torch.float64)
+        alone = SETTINGS if mode == "project" else SETTINGS | FULL_GRADIENT
+        cases |= {f"{mode}-{name}": Case(mode, settings, dtype=torch.float64) for name, settings in alone.items()}
         for name, settings in FULL_GRADIENT.items() if mode != "project" else ():
-            cases[f"{mode}-{name}"] = Case(mode, settings, dtype=torch.float64)
             cases[f"{mode}-{name}-2"] = Case(mode, settings, accumulate=2, dtype=torch.float64)
         cases[f"{mode}-twice"] = Case(mode, model=Twice, dtype=torch.float64)
         cases[f"{mode}-branches"] = Case(mode, model=Branches, dtype=torch.float64)
         cases[f"{mode}-branches-2"] = Case(mode, model=Branches, dtype=torch.float64, accumulate=2)
+        for name, settings in TENSORS.items():
+            cases[f"{mode}-{name}"] = Case(mode, {**NAMED, **settings}, model=Convs, dtype=torch.float64)
         cases[f"{mode}-threads"] = Case(mode, {"rank": 16}, model=Matrices, threads=4, tolerance=2e-5)
     for mode in MODES[1:]:
         cases[f"{mode}-early"] = Case(mode, model=Early, dtype=torch.float64, accumulate=2)
@@ -341,5 +356,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 FULL_GRADIENT: dict[str, dict[str, Any]] = {
     "ldadam": {"method": "ldadam"},
     "frugal": {"method": "frugal", "update_proj_gap": 6},
+}
+NAMED = {"target_modules": [nn.Linear, nn.Conv1d, nn.Conv2d]}
+TENSORS: dict[str, dict[str, Any]] = {
+    "folded": {},
+    "tucker": {"subspace": "tucker", "moments": "rotate", "rank": 3},
+    "tucker-int8": {"subspace": "tucker", "basis_storage": "int8", "rank": 2},
 }
 CASES = _cases()

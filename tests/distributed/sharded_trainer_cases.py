@@ -76,7 +76,7 @@ def plain_adamw(model: LightningModule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-TENSOR_PARALLEL = {"data_parallel_size": 1, "tensor_parallel_size": 2}
+TENSOR_PARALLEL = {"tensor_parallel_size": 2}  # of two devices; data_parallel_size is what is left
 
 
 def _cases() -> dict[str, Case]:
@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[], LightningM
     "not all sharded": ({}, {}, Forgetful, r"head\.weight, head\.bias: not sharded.*Call fully_shard on a module"),
     "mixed": ({}, {}, Partly, r"not all sharded alike \(body\.0\.weight: mesh.*body\.2\.weight: not sharded\)"),
     "tensor parallel": (
-        {"data_parallel_size": 1, "tensor_parallel_size": 2},
+        {"data_parallel_size": 1},
         {},
         Tiny,
         r"tensor_parallel_size > 1 needs a plan.*override configure_model, or leave it 1",

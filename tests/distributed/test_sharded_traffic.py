@@ -30,7 +30,7 @@ CUTS = {
 }
 
 #: Numbers that announce a refresh.
-HEADER = 27
+HEADER = 33
 
 
 def ours(results: Results, name: str, rank: int) -> list[Calls]:

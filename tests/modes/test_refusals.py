@@ -267,16 +267,6 @@ def test_clip_by_value_finds_out_about_accumulation_that_nobody_announced() -> N
         run("layerwise", model=ChangesAccumulation, **BY_VALUE)
 
 
-def test_sparse_gradients_are_refused_in_backward() -> None:
-    embedding = nn.Embedding(20, 12, sparse=True)
-    # A plain module would leave an embedding out; a group with a rank names it.
-    base = torch.optim.SGD([{"params": embedding.parameters(), "rank": 2}], lr=0.1)
-    optimizer = GaLoreOptimizer(base, mode="project")
-    with pytest.raises(ValueError, match=r"has a sparse gradient.*add it to ignore_modules"):
-        embedding(torch.tensor([1, 2])).sum().backward()
-    assert not optimizer.hooks.waiting
-
-
 @pytest.mark.parametrize("mode", BACKWARD_MODES)
 def test_sparse_gradients_of_dense_weights_are_stepped_as_ever(mode: str) -> None:
     weights = []

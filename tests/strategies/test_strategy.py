@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_galore import GaLoreConfig, GaLoreSingleDeviceStrategy, GaLoreStrategy
+from lightning_galore.config import Rank
 from lightning_galore.strategies import GaLoreDDPStrategy
 
 from .modules import (
@@ -186,7 +187,7 @@ def test_the_keywords_are_those_of_the_configuration() -> None:
     ours, theirs = typing.get_type_hints(GaLoreStrategy.__init__), typing.get_type_hints(GaLoreConfig)
     # A mapping in YAML is a dict; a configuration keeps it as pairs.
     assert (parameters["rank_pattern"].default, fields.pop("rank_pattern").default) == (None, None)
-    assert ours["rank_pattern"] == (dict[str, int | float] | None)
+    assert ours["rank_pattern"] == (dict[str, Rank] | None)
     for name, field in fields.items():
         assert parameters[name].default == field.default, name
         assert ours[name] == theirs[name], name

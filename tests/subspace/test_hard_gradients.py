@@ -14,7 +14,8 @@ from tests.helpers import assert_orthonormal, assert_same_subspace, decaying_mat
 from tests.reference import finders_reference as reference
 from tests.subspace.common import NAMES, SIDES, find, found
 
-LOOKING = ["randomized", "svd", "gram", "power", "track", "blend"]  # those that find the gradient's dominant subspace
+# Those that find the gradient's dominant subspace.
+LOOKING = ["randomized", "svd", "gram", "power", "track", "blend", "tucker", "tucker_warm"]
 
 
 def no_decomposition(*args: Any, **kwargs: Any) -> Any:

@@ -29,12 +29,15 @@ SHARES: dict[str, float | None] = {
     "random_orthonormal": None,
     "coordinates": None,
     "block": None,
+    "tucker": 1 - 1e-6,  # of a matrix; tensors are in tests/family
+    "tucker_warm": 1 - 1e-6,
 }
-EXACT = ["svd", "gram"]
+EXACT = ["svd", "gram", "tucker", "tucker_warm"]
 RANDOM = ["gaussian", "random_orthonormal", "coordinates", "block"]
 UNIT = ["coordinates", "block"]  # unit vectors
 SEEDED = ["randomized", "power", "track", "cross_head", *RANDOM]
-SPECTRAL = ["randomized", "svd", "gram", "power", "track", "blend", "cross_head"]  # those that know singular values
+# Those that know singular values.
+SPECTRAL = ["randomized", "svd", "gram", "power", "track", "blend", "cross_head", "tucker", "tucker_warm"]
 
 
 def test_every_subspace_can_be_named_and_built() -> None:

@@ -43,7 +43,7 @@ def drifting(step: int, shape: tuple[int, int], *, angle: float = 0.15) -> Tenso
 
 
 def test_the_finders_that_follow_are_known() -> None:
-    assert CONTINUOUS == ["power", "track", "blend"]
+    assert CONTINUOUS == ["power", "track", "blend", "tucker", "tucker_warm"]
     assert [name for name in NAMES if SUBSPACES[name].uses_momentum] == ["track", "blend"]
 
 
@@ -249,7 +249,7 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("svd", "gram")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("svd", "gram", "tucker", "tucker_warm")])
 @pytest.mark.parametrize("side", SIDES)
 def test_nothing_of_the_size_of_the_gradient_is_allocated(name: str, side: Any) -> None:
     """A refresh comes when memory is shortest."""
