@@ -45,14 +45,17 @@ class Panel:
     bars: list[Bar]
 
 
-def bar_panels(panels: Sequence[Panel], *, title: str, footer: Report, xlabel: str, columns: int = _COLUMNS) -> Figure:
-    """A grid of bar charts over a logarithmic axis, where 1 is a line."""
+def bar_panels(
+    panels: Sequence[Panel], *, title: str, footer: Report, xlabel: str, columns: int = _COLUMNS, room: float = 30.0
+) -> Figure:
+    """A grid of bar charts over a logarithmic axis, where 1 is a line; ``room`` times the longest bar is its end."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     tallest = max(len(panel.bars) for panel in panels)
-    figure, axes = grid(rows, columns, width=4.2, height=0.9 + 0.3 * tallest)
+    longest = max(len(bar.label) for panel in panels for bar in panel.bars)
+    figure, axes = grid(rows, columns, width=max(4.2, 2.4 + 0.08 * longest), height=0.9 + 0.3 * tallest)
     for panel, ax in zip(panels, axes, strict=False):
-        _bars(ax, panel)
+        _bars(ax, panel, room)
         ax.set_xlabel(xlabel, fontsize=8)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -86,10 +89,10 @@ def whole_steps(report: Report, *, ways: str, is_ours: Callable[[str], bool], ti
         )
         for held in report.measurements
     ]
-    return bar_panels(panels, title=title, footer=report, xlabel=xlabel, columns=len(panels))
+    return bar_panels(panels, title=title, footer=report, xlabel=xlabel, columns=len(panels), room=2.5)
 
 
-def _bars(ax: Axes, panel: Panel) -> None:
+def _bars(ax: Axes, panel: Panel, room: float) -> None:
     places = range(len(panel.bars))
     spreads = [bar.spread for bar in panel.bars]
     ax.barh(
@@ -110,8 +113,11 @@ def _bars(ax: Axes, panel: Panel) -> None:
             fontsize=8,
         )
     ax.set_xscale("log")
-    ax.set_xlim(0.7 * min(1.0, *(s.p10 for s in spreads)), 30 * max(1.0, *(s.p90 for s in spreads)))
+    ax.set_xlim(0.7 * min(1.0, *(s.p10 for s in spreads)), room * max(1.0, *(s.p90 for s in spreads)))
     ax.xaxis.set_major_formatter("{x:g}")
+    if room < 10:  # hardly a decade: name what stands between its ends
+        ax.set_xticks([0.5, 0.7, 1, 2], labels=["0.5", "0.7", "1", "2"], minor=False)
+        ax.minorticks_off()
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_yticks(list(places), [bar.label for bar in panel.bars], fontsize=8)
     ax.invert_yaxis()

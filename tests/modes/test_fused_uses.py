@@ -192,7 +192,7 @@ def test_second_gradients_are_refused_in_mode_layerwise() -> None:
 
     class Outside(Net):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.middle.weight.sum()
+            return super().forward(x) + self.first.weight.sum()  # whose input needs no gradient
 
     model, held, _ = train("layerwise", fused=True, steps=3, **settings)
     model.__class__ = Outside
