@@ -204,7 +204,8 @@ class Projector:
         """Project ``param.grad`` ``(m, n)``, with a new basis if one is due. Changes nothing but what it returns."""
         target, state = self._targets[param], self.state_of(param)
         assert param.grad is not None
-        grad = state.projection.unfold(param.grad)
+        projection = state.projection
+        grad = projection.unfold(param.grad)
         refresh, sharding, more = None, self.sharding_of(param), self.left_over(param)
         if due:
             # Of one weight at a time.
@@ -217,9 +218,8 @@ class Projector:
         if refresh is not None and refresh.bases is not None and sharding is not None:
             divide = self.config.basis_placement == "shard"
             refresh = replace(refresh, bases=sharding.at_rest(refresh.bases, target.projection.side, divide=divide))
-        stored = refresh.bases if refresh and refresh.bases else state.bases
-        projection = state.projection.with_rank(stored.rank)
-        coordinates = Coordinates(projection, stored, sharding, dtype=grad.dtype)
+        stored = refresh.bases if refresh and refresh.bases else state.bases_of(projection)
+        coordinates = Coordinates(projection.with_rank(stored.rank), stored, sharding, dtype=grad.dtype)
         low = coordinates.project(grad)
         decides = bool(refresh and refresh.found) or (
             self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))
@@ -246,8 +246,12 @@ class Projector:
     def coordinates(self, param: Tensor) -> Coordinates:
         """What the weight is projected with until its next refresh."""
         refresh, state = self._stand_in(param), self.state_of(param)
-        stored = refresh.bases if refresh is not None and refresh.bases is not None else state.bases
-        return Coordinates(state.projection.with_rank(stored.rank), stored, None, dtype=param.dtype)
+        if refresh is not None and refresh.bases is not None:
+            stored, projection = refresh.bases, state.projection.with_rank(refresh.bases.rank)
+        else:
+            projection = state.projection
+            stored = state.bases_of(projection)
+        return Coordinates(projection, stored, None, dtype=param.dtype)
 
     def prepare_low(self, param: Tensor, low: Tensor) -> LowGrad:
         """A low-rank gradient of which nobody has seen the full one."""
