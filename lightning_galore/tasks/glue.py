@@ -19,7 +19,9 @@ from typing_extensions import override
 from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.glue_tasks import GlueTask, MetricName, TaskName, get_task
+from lightning_galore.tasks.lora import with_lora
 from lightning_galore.tasks.minilm import MINILM, minilm_as_roberta
+from lightning_galore.tasks.optimizing import decay_groups, length_of_run
 
 
 def _spearman() -> Metric:
@@ -121,18 +123,10 @@ class GlueModule(LightningModule):
             else:
                 auto = require("transformers").AutoModelForSequenceClassification
                 net = auto.from_pretrained(self.model, dtype=torch.get_default_dtype(), **config)
-            if self.lora_rank:
-                net = self._with_lora(net)
+            net = with_lora(net, self.lora_rank, task_type="SEQ_CLS")
         self.net = (
             net.train()
         )  # from_pretrained returns it in eval mode, i.e. without dropout, and Lightning keeps that
-
-    def _with_lora(self, net: nn.Module) -> nn.Module:
-        peft = require("peft", extra="lora")
-        rank = self.lora_rank
-        # The task's name keeps the classification head trained.
-        lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_CLS")
-        return cast("nn.Module", peft.get_peft_model(net, lora))
 
     @override
     def forward(self, **batch: Tensor) -> Any:
@@ -201,20 +195,9 @@ class GlueModule(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW in two groups (with and without decay) and a linear warm-up and decay over the whole run."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # biases and normalisations
-        ]
-        optimizer = self.make_optimizer([group for group in groups if group["params"]])
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError(
-                "GlueModule lets the learning rate fall to 0 over the run and so needs its length: "
-                f"set max_epochs or max_steps of the Trainer (now max_epochs={self.trainer.max_epochs}, "
-                f"max_steps={self.trainer.max_steps})."
-            )
+        optimizer = self.make_optimizer(decay_groups(self, self.weight_decay))
+        steps = length_of_run(self)
         schedule = require("transformers").get_linear_schedule_with_warmup(
-            optimizer, num_warmup_steps=math.ceil(self.warmup_ratio * steps), num_training_steps=int(steps)
+            optimizer, num_warmup_steps=math.ceil(self.warmup_ratio * steps), num_training_steps=steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
