@@ -137,7 +137,7 @@ def measure_convolutions(options: Options) -> tuple[Report, Figure]:
         machine=machine,
         settings={
             "clock": options.clock.name,
-            "what": "forward and backward of one 3 x 3 convolution and what its hooks do; random input and output gradient",
+            "what": "forward and backward of one 3 x 3 convolution, hooks included; random input and output gradient",
             "seed": SEED,
         },
         measurements=measured,
