@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"low_grad"}),
     frozenset({"agreement"}),
     frozenset({"memory", "refresh", "saved_state", "sharded_state"}),
-    frozenset({"checkpoint_files", "convert", "export", "foreign_state", "state_keys", "untrusted"}),
+    frozenset({"checkpoint_files", "convert", "export", "foreign_state", "state_keys", "trainer_folder", "untrusted"}),
     frozenset({"targets"}),
     frozenset({"transforms"}),
     frozenset({"geometry"}),
