@@ -15,15 +15,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 TORCHAO_STAMP := $(VENV)/.installed-torchao
+DOCS_STAMP := $(VENV)/.installed-docs
+DIST_STAMP := $(VENV)/.installed-dist
 VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
 C4 := $(DATA)/c4_demo.jsonl
 EXTRAS := bnb,lora,recipes,test
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One thread per process: with several workers more threads only wait for each other, and numbers repeat.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+# The variable silences the theme's advertisement of its successor.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pretrain bench compare test test-slow test-oldest lint format clean
+.PHONY: help demo pretrain bench compare test test-slow test-oldest test-wheel lint format docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,13 +45,16 @@ compare: $(STAMP) ## methods on real text, learning rates tuned for all (hours; 
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convergence $(COMPARE)
 
 test: $(STAMP) $(TORCHAO_STAMP) ## the fast suite (minutes, CPU, no download but the environment)
-	$(PYTEST) -m "not slow and not network and not oldest"
+	$(PYTEST) -m "not slow and not network and not oldest and not wheel"
 
-test-slow: $(STAMP) $(TORCHAO_STAMP) $(DEMO_STAMP) $(VADER) ## what `make test` leaves out: real data, real weights, long runs
-	$(PYTEST) -m "(slow or network) and not oldest" --timeout 1800
+test-slow: $(STAMP) $(TORCHAO_STAMP) $(DEMO_STAMP) $(DOCS_STAMP) $(VADER) ## what `make test` leaves out: real data, real weights, long runs
+	$(PYTEST) -m "(slow or network) and not oldest and not wheel" --timeout 1800
 
 test-oldest: $(STAMP) ## import and train with the oldest versions that pyproject.toml allows
 	OLDEST_TORCH=$(OLDEST_TORCH) $(BIN)/python -m pytest -m oldest tests/test_oldest.py --timeout 3600
+
+test-wheel: $(STAMP) $(DIST_STAMP) ## build wheel and sdist, look into them, and run the README from the wheel in an environment of its own
+	$(BIN)/python -m pytest -m wheel tests/test_dist.py --timeout 3600
 
 lint: $(STAMP) ## spelling, style, formatting and types, nothing is changed
 	$(BIN)/codespell
@@ -58,6 +65,14 @@ lint: $(STAMP) ## spelling, style, formatting and types, nothing is changed
 format: $(STAMP) ## mend style and formatting in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) $(DOCS_STAMP) ## build the documentation site into site/; `python -m http.server -d site` shows it
+	$(MKDOCS) build
+
+dist: $(STAMP) $(DIST_STAMP) ## build wheel and sdist into dist/ and check what is in them
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove the environments, downloads, caches and runs
 	rm -rf $(VENV) $(VENV)-oldest $(DATA) build dist site runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
@@ -78,6 +93,14 @@ $(DEMO_STAMP): $(STAMP)
 # Apart from the rest: where it is there, transformers loads it too, which says so on every start.
 $(TORCHAO_STAMP): $(STAMP)
 	$(PIP) install --quiet -c constraints.txt -e ".[torchao]"
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
+$(DIST_STAMP): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e ".[dist]"
 	@touch $@
 
 # The sentences are in the source archive of this package, not in its wheel. Moved into place whole.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_galore import storage
 from lightning_galore.bases import DrawnBases, StoredBases
+from lightning_galore.change import change_between
 from lightning_galore.distributed import Team
-from lightning_galore.mode_change import change_between
 from lightning_galore.refresh import REPORTED, Due, Refresh, Refresher
 from lightning_galore.targets import Target
 

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_galore import linalg
 from lightning_galore.bases import UNIT, DrawnBases, StoredBases
+from lightning_galore.change import Change, change_between
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.mode_change import change_between
-from lightning_galore.moments import Change, first_moment
+from lightning_galore.moments import first_moment
 from lightning_galore.rank import RANK_RULES, StateBudget
 from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState

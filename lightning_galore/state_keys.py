@@ -23,8 +23,8 @@ from lightning_galore.subspace import SIDE_CODES, Projection
 PREFIX = "galore_"
 BASIS = "galore_basis"  # (d, r), or codes for it; the left one for side "full"; or the number that all are drawn from
 BASIS_RIGHT = "galore_basis_right"  # (n, r), or codes; only for side "full"
-# A tensor has a basis for each mode that is projected: those are the first two, whatever mode they are of, then come
-# galore_basis_2, galore_basis_3, ...
+# A tensor has a basis for each mode that is projected: those two, whatever mode they are of, then galore_basis_2, ...
+_BASES = (BASIS, BASIS_RIGHT, *(f"{BASIS}_{place}" for place in range(2, 64)))  # torch has no more dimensions
 ABSMAX = "_absmax"  # appended to either: the scales of codes
 SOURCE = "galore_source"  # what draws bases from a number: the kind of device, and whether they are orthonormal
 RANK = "galore_rank"  # width of the bases, of which codes do not tell
@@ -154,14 +154,18 @@ class WeightState:
     @property
     def bases(self) -> StoredBases:
         """The bases as they are kept, of the shapes of :attr:`projection`."""
-        keys, shapes = basis_keys(self._target), self.projection.basis_shapes
+        return self.bases_of(self.projection)
+
+    def bases_of(self, projection: Projection) -> StoredBases:
+        """The same for who has read :attr:`projection` already."""
+        shapes = projection.basis_shapes
         if isinstance(self._state[BASIS], int):
             return DrawnBases(
                 number=self._state[BASIS], shapes=shapes, device=self._device, orthonormal=self._orthonormal
             )
         parts = (
             storage.Stored(codes=self._state[key], absmax=self._state.get(key + ABSMAX), shape=shape)
-            for key, shape in zip(keys, shapes, strict=True)
+            for key, shape in zip(_BASES, shapes, strict=False)
         )
         return StoredBases(parts=tuple(parts), orthonormal=self._orthonormal)
 
@@ -186,7 +190,8 @@ class WeightState:
         """The weight's geometry now: under an adaptive rank the target's rank is only the upper bound."""
         if not self.has_bases:
             return self._target
-        target = self._target.in_layout(self._state.get(LAYOUT, self._target.layout))
+        layout = self._state.get(LAYOUT)
+        target = self._target if layout is None else self._target.in_layout(layout)
         return target.with_rank(saved_rank(self._state))
 
     def record(self, gap: int, *, place: tuple[int, int] | None = None) -> RefreshRecord:
@@ -253,8 +258,7 @@ class WeightState:
 
 def basis_keys(projection: Projection) -> tuple[str, ...]:
     """Keys of the bases, in the order of ``projection.basis_shapes``."""
-    further = (f"{BASIS}_{place}" for place in range(2, len(projection.basis_shapes)))
-    return (BASIS, BASIS_RIGHT, *further)[: len(projection.basis_shapes)]
+    return _BASES[: len(projection.basis_shapes)]
 
 
 def saved_rank(saved: Mapping[str, Any]) -> int:

@@ -236,10 +236,10 @@ class Stepper:
             ascends=bool(group.get("maximize")),
             entries=state.lift_entries if lift.needs_grad else {},
         )
-        rounded = self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step)
-        with rounded as wide, projection.opened(wide) as weight:
-            bases = coordinates.bases if lift.needs_bases else ()
-            lift.apply_(weight, update, projection, bases, scale=scale, shrink=self._shrink(group, 1.0))
+        with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
+            bases, unfolded = coordinates.bases if lift.needs_bases else (), projection.unfold(weight)
+            lift.apply_(unfolded, update, projection, bases, scale=scale, shrink=self._shrink(group, 1.0))
+            projection.fold_back(weight, unfolded)
         if update.entries:
             self._projector.state_of(swap.param).keep_lift_entries(update.entries)
         coordinates.let_go()

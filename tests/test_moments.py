@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_galore import base_rules, base_state, moments
-from lightning_galore.moments import MOMENTS, Change, first_moment
+from lightning_galore.change import Change
+from lightning_galore.moments import MOMENTS, first_moment
 from lightning_galore.subspace import Projection
 from tests.reference import moments_reference as reference
 from tests.test_optimizer_bases import BASES, build

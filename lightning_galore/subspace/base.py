@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
@@ -79,10 +77,8 @@ class Projection:
         """
         return tensor.to_dense() if tensor.is_sparse else tensor
 
-    @contextmanager
-    def opened(self, weight: Tensor) -> Iterator[Tensor]:
-        """The weight as :meth:`add_back_` takes it; what is written there is in the weight when the block is left."""
-        yield weight
+    def fold_back(self, weight: Tensor, unfolded: Tensor) -> None:
+        """Write into the weight what was written onto ``unfold(weight)``, wherever that is no view of it."""
 
     @property
     def low_shape(self) -> tuple[int, int]:

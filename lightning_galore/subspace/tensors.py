@@ -8,8 +8,7 @@ Shapes: weight and gradient ``(d_1, ..., d_N)``, for a convolution ``(o, i, kh, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,13 +51,25 @@ class FoldedProjection(Projection):
             return tensor
         return tensor.permute(0, *self.order).reshape(self.shape)  # a view wherever there is one
 
-    @contextmanager
+    def unfold_rows(
+        self,
+        tensor: Tensor,  # (k, d_2, ..., d_N)
+    ) -> Tensor:
+        """Any number of rows ``(k, n)``, with their columns in the order of the matrix."""
+        return tensor.permute(0, *self.order).reshape(tensor.shape[0], self.shape[1])
+
+    def fold(
+        self,
+        rows: Tensor,  # (k, n)
+    ) -> Tensor:
+        """The opposite of :meth:`unfold_rows`, ``(k, d_2, ..., d_N)``."""
+        folded = rows.reshape(rows.shape[0], *(self.sizes[k] for k in self.order))
+        return folded.permute(0, *(self.order.index(k) + 1 for k in range(1, len(self.sizes))))
+
     @override
-    def opened(self, weight: Tensor) -> Iterator[Tensor]:
-        matrix = self.unfold(weight)
-        yield matrix
-        if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-            weight.permute(0, *self.order).copy_(matrix.view(self.shape[0], *(self.sizes[k] for k in self.order)))
+    def fold_back(self, weight: Tensor, unfolded: Tensor) -> None:
+        if unfolded.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+            weight.permute(0, *self.order).copy_(unfolded.view(self.shape[0], *(self.sizes[k] for k in self.order)))
 
 
 def columns_as_they_lie(weight: Tensor) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_galore.change import Change
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.moments import Change
 
 
 class Transform(ABC):

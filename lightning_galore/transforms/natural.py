@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
+from lightning_galore.change import Change
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.moments import Change
 from lightning_galore.transforms.base import Transform
 
 _HISTORY = "history"

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_galore.moments import Change, Reset, State
+from lightning_galore.change import Change
+from lightning_galore.moments import Reset, State
 
 #: In each param group: optimizer steps taken. Saved with it.
 STEPS = "galore_restart_steps"

@@ -104,14 +104,14 @@ def test_a_gradient_or_weight_that_lies_otherwise_is_copied_and_right() -> None:
     projection = FoldedProjection(shape=(8, 54), side="left", rank=2, sizes=shape, order=(1, 2, 3))
     weight = torch.randn(6, 8, 3, 3).transpose(0, 1)
     before = weight.clone()
-    with projection.opened(weight) as matrix:
-        assert torch.equal(matrix, before.reshape(8, 54))
-        matrix.mul_(2)
+    matrix = projection.unfold(weight)
+    assert torch.equal(matrix, before.reshape(8, 54))
+    projection.fold_back(weight, matrix.mul_(2))
     assert torch.equal(weight, 2 * before)
     mixed = projection.in_layout((2, 3, 1))
-    with mixed.opened(before) as matrix:
-        assert torch.equal(matrix, before.permute(0, 2, 3, 1).reshape(8, 54))
-        matrix.add_(1)
+    matrix = mixed.unfold(before)
+    assert torch.equal(matrix, before.permute(0, 2, 3, 1).reshape(8, 54))
+    mixed.fold_back(before, matrix.add_(1))
     assert torch.equal(before, weight / 2 + 1)
     assert mixed.unfold(matrix) is matrix
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_galore.change import Change
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.memory import held_bytes
-from lightning_galore.moments import Change
 from lightning_galore.state_keys import transform_entries
 from lightning_galore.transforms.natural import Natural
 from tests.reference.galore_reference import Adam

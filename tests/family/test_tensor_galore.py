@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_galore import GaLoreConfig, GaLoreOptimizer, storage
-from lightning_galore.mode_change import change_between
+from lightning_galore.change import change_between
 from lightning_galore.state_keys import BASIS, BASIS_RIGHT, LAYOUT
 from lightning_galore.subspace import Known, Tucker, TuckerProjection, WarmTucker, seeded_generator
 from lightning_galore.subspace.tensors import tucker_ranks

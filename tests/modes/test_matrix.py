@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every cell of the feature matrix in ``docs/modes.md`` names a test that exists."""
+"""Every cell of the feature matrix in ``docs/feature-matrix.md`` names a test that exists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "modes.md"
+PAGE = ROOT / "docs" / "feature-matrix.md"
 # In a cell: `file::test`; the file stands in tests/modes unless a folder is named.
 NAMED = re.compile(r"`(?:([\w/]+\.py)::)?(test_\w+)`")
 VERDICTS = ("works", "refused", "warns")

@@ -171,7 +171,7 @@ def test_work_grows_linearly_with_the_weights(mode: str, apart: bool) -> None:
 def test_work_per_weight_is_bounded(mode: str) -> None:
     """So that a step over many small weights is not the interpreter's. Counted; raise it only for a reason."""
     few, most = (calls(ordinary(mode, layers=n, width=8)) for n in (20, 40))
-    assert (most - few) / 20 <= {"step": 260, "project": 350, "layerwise": 600}[mode]
+    assert (most - few) / 20 <= {"step": 260, "project": 355, "layerwise": 600}[mode]
 
 
 @pytest.mark.parametrize("mode", MODES)
