@@ -6,6 +6,8 @@ DATA := data
 WORKERS ?= 2
 # Options of the benchmarks, such as BENCH=--quick or BENCH="--device cuda"; benchmarks/README.md lists them.
 BENCH ?=
+# Options of `make pretrain` on top of its recipe.
+OPTIONS ?=
 # The oldest torch we support. Where only another one can be had: `make test-oldest OLDEST_TORCH=2.13.0`.
 OLDEST_TORCH ?= 2.8.0
 
@@ -16,6 +18,7 @@ TORCHAO_STAMP := $(VENV)/.installed-torchao
 DOCS_STAMP := $(VENV)/.installed-docs
 DIST_STAMP := $(VENV)/.installed-dist
 VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
+C4 := $(DATA)/c4_demo.jsonl
 EXTRAS := bnb,lora,recipes,test
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One thread per process: with several workers more threads only wait for each other, and numbers repeat.
@@ -24,13 +27,16 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench compare test test-slow test-oldest test-wheel lint format docs dist clean
+.PHONY: help demo pretrain bench compare test test-slow test-oldest test-wheel lint format docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) $(DEMO_STAMP) $(VADER) ## fine-tune a small encoder on a real sentiment task, with and without GaLore
 	$(BIN)/python -m lightning_galore.tasks.demo --config recipes/demo.yaml
+
+pretrain: $(STAMP) $(C4) ## pre-train a tiny LLaMA on 300 documents of C4 (full-rank: OPTIONS="--trainer.strategy auto --model.lr 0.003")
+	$(BIN)/lightning-galore fit -c recipes/llama/tiny_c4.yaml --data.files $(C4) $(OPTIONS)
 
 bench: $(STAMP) ## time refreshes and optimizer steps beside galore-torch and torch (ten minutes on an idle CPU)
 	$(BIN)/python -m benchmarks $(BENCH)
@@ -104,3 +110,12 @@ $(VADER): | $(STAMP)
 	$(PIP) download --quiet --no-deps --no-binary vaderSentiment -d $(DATA)/.download vaderSentiment==3.3.2
 	mv $(DATA)/.download/vaderSentiment-3.3.2.tar.gz $@
 	rmdir $(DATA)/.download
+
+# 300 documents of C4 (ODC-BY) lie in the source archive of this package; nothing else of it is used.
+$(C4): | $(STAMP)
+	mkdir -p $(DATA)
+	rm -rf $(DATA)/.download
+	$(PIP) download --quiet --no-deps --no-binary llamafactory -d $(DATA)/.download llamafactory==0.9.5
+	tar -xzf $(DATA)/.download/llamafactory-0.9.5.tar.gz -C $(DATA)/.download llamafactory-0.9.5/data/c4_demo.jsonl
+	mv $(DATA)/.download/llamafactory-0.9.5/data/c4_demo.jsonl $@
+	rm -r $(DATA)/.download

@@ -14,8 +14,11 @@ from lightning_galore.tasks.glue_tasks import TASKS
 from tests.tasks.tiny import build_tiny_model, write_pairs
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# The GAN has other tasks and LoRA other weights, and tests of their own: tests/tasks/test_gan.py, test_lora.py.
-ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem not in ("gan", "lora"))
+# Others have tests of their own: tests/tasks/test_gan.py, test_lora.py, tests/test_llama_recipes.py.
+ELSEWHERE = ("gan", "lora", "instruct", *(f"llama/{path.stem}" for path in (RECIPES / "llama").glob("*.yaml")))
+ALL = sorted(
+    path for path in RECIPES.rglob("*.yaml") if path.relative_to(RECIPES).with_suffix("").as_posix() not in ELSEWHERE
+)
 GLUE = sorted(set(TASKS) - {"demo"})
 
 # Appendix table of arXiv 2403.03507: the peak learning rates.

@@ -63,16 +63,14 @@ def _with_switches(args: list[str], *names: str) -> list[str]:
 
 
 def _read_recipe(path: str, options: PlanOptions) -> tuple[Job, GaLoreConfig]:
-    from lightning_galore.tasks.planned import glue_job, is_glue, module_job, precision_named, strategy_settings
+    from lightning_galore.tasks.planned import module_job, named_model_job, precision_named, strategy_settings
 
     args, prog = ["-c", path], f"{PROG} plan"
     recipe = ParsedOnly(args=args, run=False, prog=prog).config
     config = strategy_settings(recipe.trainer.strategy)
-    if is_glue(recipe.model):
-        data = recipe.data.init_args if recipe.get("data") else None
-        return glue_job(
-            recipe.model.init_args, data, options, precision=precision_named(recipe.trainer.precision)
-        ), config
+    job = named_model_job(recipe, options)
+    if job is not None:
+        return job, config
     cli = GaLoreCLI(args=args, run=False, prog=prog)
     return module_job(cli.model, options, precision=precision_named(cli.trainer.precision)), config
 

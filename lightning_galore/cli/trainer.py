@@ -112,6 +112,8 @@ class GaLoreCLI(LightningCLI):
                 parser.add_argument(f"--{name}", default=None, help=argparse.SUPPRESS)
         parser.link_arguments("model.init_args.task", "data.init_args.task")
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.model", "data.init_args.model")
+        parser.link_arguments("data.init_args.vocab_size", "model.init_args.vocab_size")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

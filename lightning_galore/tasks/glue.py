@@ -18,7 +18,9 @@ from typing_extensions import override
 from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.glue_tasks import GlueTask, MetricName, TaskName, get_task
+from lightning_galore.tasks.lora import with_lora
 from lightning_galore.tasks.minilm import MINILM, minilm_as_roberta
+from lightning_galore.tasks.optimizing import decay_groups
 from lightning_galore.tasks.schedules import check_schedule, with_schedule
 
 
@@ -128,18 +130,10 @@ class GlueModule(LightningModule):
             else:
                 auto = require("transformers").AutoModelForSequenceClassification
                 net = auto.from_pretrained(self.model, dtype=torch.get_default_dtype(), **config)
-            if self.lora_rank:
-                net = self._with_lora(net)
+            net = with_lora(net, self.lora_rank, task_type="SEQ_CLS")
         self.net = (
             net.train()
         )  # from_pretrained returns it in eval mode, i.e. without dropout, and Lightning keeps that
-
-    def _with_lora(self, net: nn.Module) -> nn.Module:
-        peft = require("peft", extra="lora")
-        rank = self.lora_rank
-        # The task's name keeps the classification head trained.
-        lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="SEQ_CLS")
-        return cast("nn.Module", peft.get_peft_model(net, lora))
 
     @override
     def forward(self, **batch: Tensor) -> Any:
@@ -208,12 +202,7 @@ class GlueModule(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer in two groups, with and without decay, and its schedule over the whole run."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # biases and normalisations
-        ]
-        optimizer = self.make_optimizer([group for group in groups if group["params"]])
+        optimizer = self.make_optimizer(decay_groups(self, self.weight_decay))
         return with_schedule(
             self, optimizer, self.lr_scheduler, warmup_ratio=self.warmup_ratio, monitor=self.task.monitor
         )

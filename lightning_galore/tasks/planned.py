@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pkgutil import resolve_name
 from typing import Any
 
@@ -13,6 +13,8 @@ from lightning import LightningModule
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.planner import Job, named_job, training_loss
 from lightning_galore.planner.command import PlanOptions
+from lightning_galore.tasks.causal_lm import CausalLMModule
+from lightning_galore.tasks.causal_models import published_name
 from lightning_galore.tasks.glue import GlueModule
 from lightning_galore.tasks.glue_tasks import get_task
 
@@ -35,10 +37,22 @@ def precision_named(precision: Any) -> str:
     return short.get(str(precision), str(precision))
 
 
-def is_glue(model: Any) -> bool:
-    """Whether a parsed model is a :class:`GlueModule`."""
-    cls = resolve_name(model.class_path.rpartition(".")[0] + ":" + model.class_path.rpartition(".")[2])
-    return isinstance(cls, type) and issubclass(cls, GlueModule)
+def named_model_job(recipe: Any, options: PlanOptions) -> Job | None:
+    """What a recipe of ours trains, from the parsed arguments alone; None if the module is another's.
+
+    Args:
+        recipe: The parsed recipe.
+        options: What the user says instead.
+    """
+    cls = resolve_name(recipe.model.class_path.rpartition(".")[0] + ":" + recipe.model.class_path.rpartition(".")[2])
+    data = recipe.data.init_args if recipe.get("data") else None
+    precision = precision_named(recipe.trainer.precision)
+    for known, job in ((GlueModule, glue_job), (CausalLMModule, causal_lm_job)):
+        if isinstance(cls, type) and issubclass(cls, known):
+            made = job(recipe.model.init_args, data, options, precision=precision)
+            # What is accumulated is held from the second backward pass on; more of them hold no more.
+            return replace(made, micro_batches=min(2, recipe.trainer.accumulate_grad_batches))
+    return None
 
 
 def glue_job(model: Any, data: Any, options: PlanOptions, *, precision: str) -> Job:
@@ -60,6 +74,28 @@ def glue_job(model: Any, data: Any, options: PlanOptions, *, precision: str) -> 
         download=options.download,
         num_labels=task.num_labels,
         problem_type="regression" if task.is_regression else "single_label_classification",
+    )
+
+
+def causal_lm_job(model: Any, data: Any, options: PlanOptions, *, precision: str) -> Job:
+    """The network of a language-model recipe from its configuration alone, and a batch of full rows.
+
+    Args:
+        model: The parsed arguments of :class:`CausalLMModule`.
+        data: Those of its data module, or None.
+        options: What the user says instead.
+        precision: The Trainer's.
+    """
+    rows = getattr(data, "block_size", None) or getattr(data, "max_length", None)  # blocks, or instructions
+    vocabulary = {} if model.vocab_size is None else {"vocab_size": model.vocab_size}
+    return named_job(
+        published_name(model.model) or model.model,
+        batch_size=options.batch_size or getattr(data, "batch_size", None) or 1,
+        sequence_length=options.sequence_length or rows or 512,
+        precision=options.precision or precision,
+        head="causal-lm",
+        download=options.download,
+        **{**(model.config or {}), **vocabulary},
     )
 
 

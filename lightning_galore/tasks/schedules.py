@@ -40,6 +40,7 @@ def with_schedule(
     *,
     warmup_ratio: float,
     monitor: str,
+    min_lr_ratio: float = 0.0,
 ) -> Any:
     """What ``configure_optimizers`` returns: the optimizer and its schedule, stepped with it.
 
@@ -49,6 +50,7 @@ def with_schedule(
         schedule: A name, or a callable on the optimizer, which brings settings of its own and no warm-up.
         warmup_ratio: Share of the steps in which the learning rate rises from 0.
         monitor: The metric that ReduceLROnPlateau watches, after each epoch, if it names none.
+        min_lr_ratio: What a cosine falls to, of the peak.
 
     Raises:
         ValueError: If the schedule needs the length of the run and that is not known.
@@ -68,7 +70,10 @@ def with_schedule(
         )
     length = int(steps) if math.isfinite(steps) else None
     warmup = math.ceil(warmup_ratio * steps) if warmup_ratio else 0
+    options: dict[str, Any] = {}
+    if schedule == "cosine" and min_lr_ratio:
+        schedule, options = "cosine_with_min_lr", {"scheduler_specific_kwargs": {"min_lr_rate": min_lr_ratio}}
     made = require("transformers").get_scheduler(
-        schedule, optimizer, num_warmup_steps=warmup, num_training_steps=length
+        schedule, optimizer, num_warmup_steps=warmup, num_training_steps=length, **options
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, "interval": "step"}}
