@@ -217,7 +217,7 @@ def run_export(words: list[str], place: Path, tiny: str) -> None:
 def run_report(words: list[str], place: Path, tiny: str) -> None:
     """A run of which the logs are made up."""
     pytest.importorskip("matplotlib")
-    write_run(place / words[2])
+    write_run(place / words[2], layers=1, steps=200, kinds=2)
     assert main(words[1:]) == 0
     assert (place / words[2] / "report" / "index.html").is_file()
 
@@ -254,7 +254,9 @@ def test_commands_are_found_and_none_is_of_an_unknown_kind() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("command", list(commands()))
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, marks=[pytest.mark.slow] if "--budget" in one else []) for one in commands()]
+)
 def test_command(command: str, place: Path, tiny: str) -> None:
     words = shlex.split(command)
     KINDS[kind_of(words)](words, place, tiny)
