@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_galore import trainer_folder
 from lightning_galore.checkpoint_files import check_paths, write_whole
 from lightning_galore.foreign_state import ACCEPTED, Tally, convert_state_dict, has_projector
 from lightning_galore.untrusted import ConversionError, load
@@ -51,16 +52,19 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def convert_checkpoint(source: Path, target: Path, *, overwrite: bool = False) -> ConversionReport:
-    """Convert the galore-torch optimizer states of a file and write the result to another one.
+def convert_checkpoint(source: Path, target: Path, *, prefix: str = "", overwrite: bool = False) -> ConversionReport:
+    """Convert the galore-torch optimizer states of a checkpoint and write the result to a file.
 
     The source is untrusted: only tensors, numbers and the attributes of a projector are read from it, no code of it is
     run, and ``galore_torch`` need not be installed. The target is written whole or not at all.
 
     Args:
-        source: A Lightning checkpoint, a saved ``optimizer.state_dict()``, or a dictionary that holds one under
-            ``optimizer``.
-        target: Where to write. Everything but the optimizer states is copied as it is.
+        source: A Lightning checkpoint, a saved ``optimizer.state_dict()``, a dictionary that holds one under
+            ``optimizer``, or a folder ``checkpoint-N`` of Transformers' Trainer with ``optim="galore_adamw"``.
+        target: Where to write. Everything but the optimizer states is copied as it is; a folder becomes one Lightning
+            checkpoint with its weights, optimizer, scheduler and step.
+        prefix: Of a folder: put before the name of each weight, as ``model.`` for a LightningModule that keeps the
+            network in ``self.model``.
         overwrite: Replace ``target`` if it exists.
 
     Returns:
@@ -72,8 +76,13 @@ def convert_checkpoint(source: Path, target: Path, *, overwrite: bool = False) -
         FileExistsError: If ``target`` exists and ``overwrite`` is False.
     """
     source, target = Path(source), Path(target)
+    folder = source if source.is_dir() else None
+    if folder is not None:
+        source = trainer_folder.optimizer_file(folder)
+    elif prefix:
+        raise ConversionError(f"prefix={prefix!r} is for a folder of Transformers' Trainer; source={source} is none.")
     check_paths(source, target, overwrite=overwrite, accepted=ACCEPTED)
-    checkpoint = load(source)
+    checkpoint = load(source) if folder is None else trainer_folder.read_folder(folder, prefix=prefix)
     tally = Tally()
     converted = _convert_container(checkpoint, tally)
     # Whoever resumes from it reads it as weights only; a projector outside of the optimizer states would show there.

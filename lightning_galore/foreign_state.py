@@ -18,8 +18,8 @@ from lightning_galore.subspace import SIDE_CODES, Side, resolve_side
 from lightning_galore.untrusted import ConversionError, InertProjector, check_matrix, check_projector
 
 ACCEPTED = (
-    "Give a Lightning checkpoint, a saved optimizer.state_dict(), or a dictionary with one under 'optimizer', "
-    "of a run with galore_torch.GaLoreAdamW."
+    "Give a Lightning checkpoint, a saved optimizer.state_dict(), a dictionary with one under 'optimizer', or a folder "
+    "checkpoint-N of Transformers' Trainer, of a run with galore_torch.GaLoreAdamW."
 )
 # What torch.optim.AdamW keeps in a group and galore-torch does not.
 _ADAMW_DEFAULTS: dict[str, Any] = {
@@ -91,6 +91,11 @@ def _check_state_dict(state_dict: object) -> tuple[dict[Any, dict[str, Any]], li
     if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
         raise ConversionError("'param_groups' is not a list of groups with 'params': the file is damaged.")
     keys = {key for state in states.values() for key in state}
+    if not states and groups and all(_is_dummy(group) for group in groups):
+        raise ConversionError(
+            "The optimizer state is empty: Transformers saves none with optim='galore_adamw_layerwise'. "
+            f"{_FRESH} GaLoreStrategy(mode='layerwise') saves its own."
+        )
     if "state1" in keys:
         raise ConversionError(
             "The optimizer state is 8-bit (galore_torch.GaLoreAdamW8bit, key 'state1'): codes depend on bitsandbytes' "
@@ -202,6 +207,11 @@ def _convert_plain(state: dict[str, Any], name: str) -> dict[str, Any]:
         "exp_avg": _fresh(moments[0]),
         "exp_avg_sq": _fresh(moments[1]),
     }
+
+
+def _is_dummy(group: Mapping[str, Any]) -> bool:
+    """Whether it is the group of LayerWiseDummyOptimizer, whose one parameter stands for none."""
+    return len(group["params"]) == 1 and "rank" not in group
 
 
 def _is_group(group: object) -> bool:

@@ -7,6 +7,8 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any, Literal
 
@@ -87,7 +89,8 @@ def named_optimizer(name: str, **settings: Any) -> Callable[..., Optimizer]:
 
     Args:
         name: As ``"adamw8bit"``; case, ``_`` and ``-`` do not count. Transformers' names (``"adamw_bnb_8bit"``) are
-            known too.
+            known too, any other class of ``torch.optim`` (``"NAdam"``), and of other packages by its path
+            (``"bitsandbytes.optim.LARS"``).
         **settings: AdamW's ``lr``, ``betas`` and ``eps``. Used where the optimizer has the same; those of the call win.
 
     Returns:
@@ -105,6 +108,9 @@ def named_optimizer(name: str, **settings: Any) -> Callable[..., Optimizer]:
     plain = re.sub(r"[\s_-]", "", name).lower()
     known = NAMED.get(ALIASES.get(plain, plain))
     if known is None:
+        own = _class_of(name)
+        if own is not None:
+            return _maker(own, _takes(own), {}, settings)
         close = difflib.get_close_matches(plain, [*NAMED, *ALIASES], n=3)
         hint = f"Did you mean {', '.join(map(repr, close))}? " if close else ""
         raise ValueError(f"optimizer={name!r} is not known. {hint}Known: {', '.join(NAMED)}.")
@@ -114,13 +120,43 @@ def named_optimizer(name: str, **settings: Any) -> Callable[..., Optimizer]:
             f"optimizer={name!r} needs {known.cls}, which the installed {known.package} does not have. Upgrade it: "
             f"pip install --upgrade {known.package}"
         )
-    shared = {key: value for key, value in settings.items() if key in known.takes}
+    return _maker(cls, known.takes, known.settings, settings)
+
+
+def _maker(
+    cls: type[Optimizer], takes: frozenset[str], named: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Callable[..., Optimizer]:
+    shared = {key: value for key, value in settings.items() if key in takes}
 
     def make(params: Any, **own: Any) -> Optimizer:
-        optimizer: Optimizer = cls(params, **{**known.settings, **shared, **own})
-        return optimizer
+        return cls(params, **{**named, **shared, **own})
 
     return make
+
+
+def _class_of(name: str) -> type[Optimizer] | None:
+    """A class of ``torch.optim`` by its name in any case, or another one by its dotted path."""
+    if "." in name:
+        try:
+            found = resolve_name(name)
+        except AttributeError:
+            found = None
+        if not (isinstance(found, type) and issubclass(found, Optimizer)):
+            raise ValueError(f"optimizer={name!r} is not the path of an optimizer's class.")
+        return found
+    classes = [cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, Optimizer)]
+    return next((cls for cls in classes if cls is not Optimizer and cls.__name__.lower() == name.lower()), None)
+
+
+def _takes(cls: type[Optimizer]) -> frozenset[str]:
+    """Which of AdamW's settings mean the same to a class that has no line above."""
+    for known in NAMED.values():
+        if known.cls == cls.__name__ and cls.__module__.startswith(known.package):
+            return known.takes
+    defaults = {name: parameter.default for name, parameter in signature(cls).parameters.items()}
+    betas = isinstance(defaults.get("betas"), tuple) and len(defaults["betas"]) == 2
+    alike = {"lr": "lr" in defaults, "betas": betas, "eps": isinstance(defaults.get("eps"), float)}
+    return frozenset(name for name, same in alike.items() if same)
 
 
 def _bitsandbytes(name: str) -> ModuleType:

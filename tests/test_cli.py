@@ -98,7 +98,7 @@ def test_targets_lists_the_weights(recipe: str, capsys: pytest.CaptureFixture[st
 
 
 def test_targets_without_galore(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["targets", "-c", recipe, "--trainer.strategy=auto"]) == 1
+    assert main(["targets", "-c", recipe, "--trainer.strategy=auto"]) == 2
     err = capsys.readouterr().err
     assert "trainer.strategy is SingleDeviceStrategy, which projects nothing" in err
     assert "--trainer.strategy=galore" in err
@@ -120,7 +120,7 @@ def test_convert_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["convert", str(source), str(target)]) == 0
     assert "1 projected weights" in capsys.readouterr().out
     assert target.is_file()
-    assert main(["convert", str(source), str(target)]) == 1
+    assert main(["convert", str(source), str(target)]) == 2
     assert "lightning-galore: error: " in capsys.readouterr().err
 
 
@@ -137,10 +137,14 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["train"], "invalid choice: 'train'"),
+        ([], "commands:"),
+        (["train"], "there is no command 'train'."),
+        (["fti"], "Did you mean 'fit'?"),
         (["fit", "--trainer.strategi=x"], "strategi"),
+        (["fit"], "a model is needed: give a recipe"),
         (["fit", "-c", "none.yaml"], "none.yaml"),
+        (["plan"], "source"),
+        (["plan", "llama-60m", "--rnk", "3"], "Did you mean '--rank'?"),
         (["convert"], "source"),
     ],
 )
@@ -154,14 +158,14 @@ def test_errors_are_one_line_unless_asked(
     recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = ["fit", "-c", recipe, "--model.warmup_ratio", "2"]
-    assert main(wrong) == 1
+    assert main(wrong) == 2
     err = capsys.readouterr().err
     assert "lightning-galore: error: warmup_ratio=2.0 must be at least 0 and less than 1." in err
     assert "Traceback" not in err
-    assert main([*wrong, "--traceback"]) == 1
+    assert main([*wrong, "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("LIGHTNING_GALORE_TRACEBACK", "1")
-    assert main(wrong) == 1
+    assert main(wrong) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -181,7 +185,7 @@ def test_interrupt(recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_a_bad_setting_of_the_strategy_is_said_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
-    assert main(["fit", "-c", str(recipe), "--trainer.strategy.rank", "0"]) == 1
+    assert main(["fit", "-c", str(recipe), "--trainer.strategy.rank", "0"]) == 2
     error = capsys.readouterr().err
     assert "error: rank=0 must be at least 1; the paper uses" in error
     assert "Namespace" not in error

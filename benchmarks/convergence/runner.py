@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,6 +22,7 @@ from benchmarks.convergence import variants
 from benchmarks.convergence.data import Text, windows
 from benchmarks.convergence.model import SIZES, UNIFORM_LOSS, ModelSize, build_model, matrices, next_byte_loss
 from benchmarks.convergence.variants import Task, Variant
+from lightning_galore import GaLoreOptimizer
 from lightning_galore.storage import nbytes
 
 _VALIDATION_SEED = 20_240  # the same windows for every run
@@ -197,7 +199,7 @@ class _Training:
         loss.backward()
         if self._watch is not None:
             self._watch(step, {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None})
-        nn.utils.clip_grad_norm_(self._model.parameters(), self._plan.clip)
+        self._clip()
         before = time.process_time()
         for optimizer in self._optimizers:
             optimizer.step()
@@ -210,6 +212,15 @@ class _Training:
             self.curve.append((step + 1, sum(self._losses) / len(self._losses)))
             self._losses.clear()
         return math.isfinite(loss.item())
+
+    def _clip(self) -> None:
+        """By the global norm, or what each optimizer knows of it."""
+        waiting = [one for one in self._optimizers if isinstance(one, GaLoreOptimizer) and one.config.mode == "project"]
+        with ExitStack() as stack:
+            for optimizer in waiting:
+                stack.enter_context(optimizer.exposed())
+            shown = [p for one in self._optimizers for group in one.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(shown if waiting else self._model.parameters(), self._plan.clip)
 
 
 def _validation(text: Text, plan: Experiment) -> list[Tensor]:

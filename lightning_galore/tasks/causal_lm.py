@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A causal language model as a LightningModule that knows nothing of GaLore: pre-trained or fine-tuned."""
 
-import math
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -14,9 +13,9 @@ from typing_extensions import override
 
 from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.tasks.causal_models import causal_network
-from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.lora import with_lora
-from lightning_galore.tasks.optimizing import decay_groups, length_of_run
+from lightning_galore.tasks.optimizing import decay_groups
+from lightning_galore.tasks.schedules import check_schedule, with_schedule
 from lightning_galore.tasks.tokenizing import largest_id
 
 IGNORED = -100  # the label of a token that is not predicted, as Transformers and torch have it
@@ -42,9 +41,13 @@ class CausalLMModule(LightningModule):
         eps: Added to the denominator of the update.
         weight_decay: Decoupled weight decay; normalisation weights and biases get none.
         warmup_ratio: Share of the steps in which the learning rate rises.
-        min_lr_ratio: What it falls to by the end of the run, along a cosine, of the peak.
-        optimizer: Another optimizer instead of AdamW. By name, as ``"adamw8bit"``, it takes ``lr``, ``betas`` and
-            ``eps`` where it has them; a callable on the parameter groups (in YAML its class) replaces them.
+        min_lr_ratio: What it falls to by the end of the run along a ``cosine``, of the peak.
+        optimizer: By name, as ``"adamw8bit"``, or by class, as ``"torch.optim.NAdam"``: takes ``lr``, ``betas`` and
+            ``eps`` where it has them. A callable on the parameter groups (in YAML a class with settings of its own)
+            replaces them.
+        lr_scheduler: By name: ``linear``, ``cosine`` and ``polynomial`` (down to 0 or ``min_lr_ratio`` over the run),
+            ``constant``, ``constant_with_warmup``, ``inverse_sqrt``. Any scheduler as a callable on the optimizer (in
+            YAML its class with its settings), which replaces ``warmup_ratio`` and is stepped after each optimizer step.
         lora_rank: Freeze the network and train LoRA's factors of this rank beside its linear layers (``peft``;
             ``lora_alpha`` is the rank). 0 trains the whole network.
         checkpointing: Recompute activations in backward: about a third more time for much less memory.
@@ -68,14 +71,15 @@ class CausalLMModule(LightningModule):
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.1,
         min_lr_ratio: float = 0.1,
-        optimizer: OptimizerCallable | str | None = None,
+        optimizer: str | OptimizerCallable = "adamw",
+        lr_scheduler: str | LRSchedulerCallable = "cosine",
         lora_rank: int = 0,
         checkpointing: bool = False,
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         # A callable would be pickled into the checkpoint, which torch then refuses to load as weights only.
-        self.save_hyperparameters(ignore="optimizer")
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         for name, value, end in (("warmup_ratio", warmup_ratio, 1), ("min_lr_ratio", min_lr_ratio, 1.000001)):
             if not 0 <= value < end:
                 raise ValueError(f"{name}={value} must be a share between 0 and 1.")
@@ -83,8 +87,10 @@ class CausalLMModule(LightningModule):
         self.config = {**(config or {}), **({} if vocab_size is None else {"vocab_size": vocab_size})}
         self.from_scratch, self.checkpointing, self.lora_rank = from_scratch, checkpointing, lora_rank
         self.warmup_ratio, self.min_lr_ratio, self.weight_decay = warmup_ratio, min_lr_ratio, weight_decay
-        if optimizer is None or isinstance(optimizer, str):
-            optimizer = named_optimizer(optimizer or "adamw", lr=lr, betas=betas, eps=eps)
+        check_schedule(lr_scheduler)
+        self.lr_scheduler = lr_scheduler
+        if isinstance(optimizer, str):
+            optimizer = named_optimizer(optimizer, lr=lr, betas=betas, eps=eps)
         self.make_optimizer = optimizer
         self.net: nn.Module | None = None
         # Weighted by tokens; its exponential is the perplexity. torchmetrics' Perplexity would go over all logits anew.
@@ -189,13 +195,13 @@ class CausalLMModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in two groups (with and without decay), a warm-up and a cosine over the whole run."""
+        """The optimizer in two groups, with and without decay, and its schedule over the whole run."""
         optimizer = self.make_optimizer(decay_groups(self, self.weight_decay))
-        steps = length_of_run(self)
-        schedule = require("transformers").get_cosine_with_min_lr_schedule_with_warmup(
+        return with_schedule(
+            self,
             optimizer,
-            num_warmup_steps=math.ceil(self.warmup_ratio * steps),
-            num_training_steps=steps,
-            min_lr_rate=self.min_lr_ratio,
+            self.lr_scheduler,
+            warmup_ratio=self.warmup_ratio,
+            monitor="val/loss",
+            min_lr_ratio=self.min_lr_ratio,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequence classification and regression on GLUE as a LightningModule that knows nothing of GaLore."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -21,7 +20,8 @@ from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.glue_tasks import GlueTask, MetricName, TaskName, get_task
 from lightning_galore.tasks.lora import with_lora
 from lightning_galore.tasks.minilm import MINILM, minilm_as_roberta
-from lightning_galore.tasks.optimizing import decay_groups, length_of_run
+from lightning_galore.tasks.optimizing import decay_groups
+from lightning_galore.tasks.schedules import check_schedule, with_schedule
 
 
 def _spearman() -> Metric:
@@ -55,10 +55,14 @@ class GlueModule(LightningModule):
         betas: Decay rates of the moments.
         eps: Added to the denominator of the update.
         weight_decay: Decoupled weight decay; biases and normalisation weights get none.
-        warmup_ratio: Share of the steps in which the learning rate rises; it falls linearly to 0 afterwards.
-        optimizer: Another optimizer instead of AdamW. By name, as ``"adamw8bit"``, it takes ``lr``, ``betas`` and
-            ``eps`` where it has them; a callable on the parameter groups (in YAML its class) replaces them. The two
-            groups keep their ``weight_decay`` either way.
+        warmup_ratio: Share of the steps in which the learning rate rises, before ``lr_scheduler``.
+        optimizer: By name, as ``"adamw8bit"``, or by class, as ``"torch.optim.NAdam"``: takes ``lr``, ``betas`` and
+            ``eps`` where it has them. A callable on the parameter groups (in YAML a class with settings of its own)
+            replaces them. The two groups keep their ``weight_decay`` either way.
+        lr_scheduler: By name: ``linear``, ``cosine`` and ``polynomial`` (all down to 0 over the run), ``constant``,
+            ``constant_with_warmup``, ``inverse_sqrt``. Any scheduler as a callable on the optimizer (in YAML its class
+            with its settings), which replaces ``warmup_ratio`` and is stepped after each optimizer step;
+            ``ReduceLROnPlateau`` after each epoch.
         lora_rank: Freeze the encoder and train LoRA's factors of this rank beside its linear layers, and the head
             (``peft``; ``lora_alpha`` is the rank). 0 trains the whole network.
 
@@ -77,21 +81,24 @@ class GlueModule(LightningModule):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
-        optimizer: OptimizerCallable | str | None = None,
+        optimizer: str | OptimizerCallable = "adamw",
+        lr_scheduler: str | LRSchedulerCallable = "linear",
         lora_rank: int = 0,
     ) -> None:
         super().__init__()
         # A callable would be pickled into the checkpoint, which torch then refuses to load as weights only.
-        self.save_hyperparameters(ignore="optimizer")
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.task = get_task(task)
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio={warmup_ratio} must be at least 0 and less than 1.")
+        check_schedule(lr_scheduler)
+        self.lr_scheduler = lr_scheduler
         self.model = model
         self.warmup_ratio = warmup_ratio
         self.weight_decay = weight_decay
         self.lora_rank = lora_rank
-        if optimizer is None or isinstance(optimizer, str):
-            optimizer = named_optimizer(optimizer or "adamw", lr=lr, betas=betas, eps=eps)
+        if isinstance(optimizer, str):
+            optimizer = named_optimizer(optimizer, lr=lr, betas=betas, eps=eps)
         self.make_optimizer = optimizer
         self.net: nn.Module | None = None
         # Keyed by "val" and "test", then one collection for each split.
@@ -194,10 +201,8 @@ class GlueModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW in two groups (with and without decay) and a linear warm-up and decay over the whole run."""
+        """The optimizer in two groups, with and without decay, and its schedule over the whole run."""
         optimizer = self.make_optimizer(decay_groups(self, self.weight_decay))
-        steps = length_of_run(self)
-        schedule = require("transformers").get_linear_schedule_with_warmup(
-            optimizer, num_warmup_steps=math.ceil(self.warmup_ratio * steps), num_training_steps=steps
+        return with_schedule(
+            self, optimizer, self.lr_scheduler, warmup_ratio=self.warmup_ratio, monitor=self.task.monitor
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the modules' optimizers share: two parameter groups, and the length of the run for a schedule."""
+"""What the modules' optimizers share: two parameter groups."""
 
-import math
 from typing import Any
 
 from lightning import LightningModule
@@ -20,20 +19,3 @@ def decay_groups(module: LightningModule, weight_decay: float) -> list[dict[str,
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def length_of_run(module: LightningModule) -> int:
-    """Optimizer steps of the whole run.
-
-    Raises:
-        ValueError: If the Trainer has no end, as a learning rate that falls over the run needs one.
-    """
-    trainer = module.trainer
-    steps = trainer.estimated_stepping_batches
-    if not math.isfinite(steps):
-        raise ValueError(
-            f"{type(module).__name__} lets the learning rate fall over the run and so needs its length: "
-            f"set max_epochs or max_steps of the Trainer (now max_epochs={trainer.max_epochs}, "
-            f"max_steps={trainer.max_steps})."
-        )
-    return int(steps)
