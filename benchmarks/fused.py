@@ -31,6 +31,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     FUSED: {"fused_backward": True},
     COMPRESSED: {"fused_backward": True, "compress_activations": True},
 }
+UNFUSED = "ordinary path"
+CONVOLUTION_WAYS: dict[str, dict[str, Any]] = {
+    UNFUSED: {"fused_backward": False},
+    "fused, left": {"fused_backward": True, "proj_type": "left"},
+    "fused, right": {"fused_backward": True, "proj_type": "right"},
+}
+#: Channels, side of the picture, rank.
+CONVOLUTIONS = ((64, 56, 8), (128, 28, 8), (128, 28, 32), (256, 14, 64), (512, 7, 8))
+QUICK_CONVOLUTIONS = ((8, 6, 2),)
 #: Most that a whole step may take, of fused AdamW's, on a CPU at one thread.
 MOST = {FINE_TUNING: 0.80, PRE_TRAINING: 0.95}
 #: Most bytes that the forward pass of fine-tuning may keep, of those that full-rank training keeps.
@@ -105,6 +114,87 @@ def _training(name: str, case: Case, device: torch.device) -> tuple[Callable[[],
         optimizer.step()
 
     return step, lambda: kept_bytes(forward, model)
+
+
+def measure_convolutions(options: Options) -> tuple[Report, Figure]:
+    """Time forward and backward of single convolutions in mode project, fused and not."""
+    machine, measured = options.machine(), []
+    for channels, size, rank in QUICK_CONVOLUTIONS if options.quick else CONVOLUTIONS:
+        progress(f"a convolution of {channels} channels, {size} x {size}")
+        measured.append(_measure_convolution(channels, size, rank, options))
+    rows = [
+        (
+            held["name"],
+            name,
+            milliseconds(row["median_s"]["whole"]),
+            ratio(Spread(**row["steps_of_full_rank"]), digits=2),
+        )
+        for held in measured
+        for name, row in held["ways"].items()
+    ]
+    report = Report(
+        name="fused-convolutions-quick" if options.quick else "fused-convolutions",
+        machine=machine,
+        settings={
+            "clock": options.clock.name,
+            "what": "forward and backward of one 3 x 3 convolution, hooks included; random input and output gradient",
+            "seed": SEED,
+        },
+        measurements=measured,
+        tables=[
+            Table(
+                title="a convolution's forward and backward",
+                header=("channels, picture, rank", "mode project", "ms", "of the ordinary path"),
+                rows=rows,
+            )
+        ],
+    )
+    title = "Forward and backward of a 3 x 3 convolution, batch 16, of those of the ordinary path"
+    label = "of the ordinary path (log), p10-p90: shorter is faster"
+    figure = pictures.whole_steps(report, ways="ways", is_ours=lambda name: name != UNFUSED, title=title, xlabel=label)
+    return report, figure
+
+
+def _measure_convolution(channels: int, size: int, rank: int, options: Options) -> dict[str, Any]:
+    torch.manual_seed(SEED)
+    x = torch.randn(16, channels, size, size, device=options.torch_device, requires_grad=True)
+    passes = {name: _passes(x, rank, **settings) for name, settings in CONVOLUTION_WAYS.items()}
+    for run_once in passes.values():
+        run_once()
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    with quiet():
+        for turn in range(3 if options.quick else 9):
+            for name in in_turn(list(passes), turn):
+                seconds[name].append(options.clock.seconds(passes[name]))
+    return {
+        "name": f"{channels}, {size} x {size}, r={rank}",
+        "ways": {
+            name: {
+                "median_s": {"whole": Spread.of(own).median},
+                "steps_of_full_rank": asdict(times_faster(seconds[UNFUSED], than=own)),
+                "seconds": rounded(own),
+            }
+            for name, own in seconds.items()
+        },
+    }
+
+
+def _passes(x: Tensor, rank: int, **settings: Any) -> Callable[[], None]:
+    """Forward and backward of a convolution of its own, whose basis is there."""
+    model = nn.Sequential(nn.Conv2d(x.shape[1], x.shape[1], 3, padding=1, bias=False)).to(x.device)
+    base = torch.optim.SGD(model.parameters(), lr=1e-3)
+    how = {"mode": "project", "rank": rank, "update_proj_gap": NEVER, "stagger": False, **settings}
+    optimizer = GaLoreOptimizer(base, model, target_modules=[nn.Conv2d], **how)
+    grad = torch.randn_like(x)
+    model(x).backward(grad)
+    optimizer.step()
+
+    def run_once() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        model(x).backward(grad)
+
+    return run_once
 
 
 def _optimizer(name: str, model: nn.Module, rank: int) -> torch.optim.Optimizer:
@@ -188,4 +278,4 @@ def _picture(report: Report) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(run([measure], prog="python -m benchmarks.fused"))
+    sys.exit(run([measure, measure_convolutions], prog="python -m benchmarks.fused"))

@@ -89,7 +89,7 @@ def whole_steps(report: Report, *, ways: str, is_ours: Callable[[str], bool], ti
         )
         for held in report.measurements
     ]
-    return bar_panels(panels, title=title, footer=report, xlabel=xlabel, columns=len(panels), room=2.5)
+    return bar_panels(panels, title=title, footer=report, xlabel=xlabel, columns=3, room=2.5)
 
 
 def _bars(ax: Axes, panel: Panel, room: float) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+_HEADS = ("lm_head", "classifier")
 VOCABULARY = 256  # bytes
 UNIFORM_LOSS = math.log(VOCABULARY)  # nats a byte of a model that knows nothing: more than this is divergence
 
@@ -67,11 +68,11 @@ def build_model(size: ModelSize, *, length: int, seed: int) -> nn.Module:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that a variant trains: every linear layer but the output head, by name."""
+    """The weights that a variant trains: every linear layer but those of a head, by name."""
     return {
         f"{name}.weight": cast("nn.Parameter", module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        if isinstance(module, nn.Linear) and name.partition(".")[0] not in _HEADS
     }
 
 

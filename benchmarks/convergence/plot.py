@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.convergence.store import Run, Store
 from benchmarks.convergence.sweep import Sweep
 from benchmarks.convergence.table import Row
-from benchmarks.convergence.variants import BASELINE, VARIANTS
+from benchmarks.convergence.variants import VARIANTS
 
 _MOST_CURVES = 8  # more cannot be told apart
 _OTHERS = "tab:blue"
@@ -31,24 +31,21 @@ def picture(sweep: Sweep, store: Store, rows: Sequence[Row], *, headline: str) -
     figure = Figure(figsize=(12, 2.5 + 0.32 * max(8, len(rows))), layout="constrained")
     curves, dots = figure.subplots(1, 2)
     _curves(curves, sweep, store, [row for row in rows if row.losses])
-    _dots(dots, rows)
-    size = sweep.experiment.size
-    figure.suptitle(
-        f"Byte-level LLaMA h={size.hidden}, {size.layers} layers, rank {sweep.experiment.rank}; {sweep.text.name}"
-    )
+    _dots(dots, rows, sweep.baseline)
+    figure.suptitle(f"{sweep.experiment.title}; {sweep.text.name}", fontsize=9)
     figure.supxlabel(headline, fontsize=7)
     return figure
 
 
 def _curves(axes: Axes, sweep: Sweep, store: Store, rows: Sequence[Row]) -> None:
     spread = [row for index, row in enumerate(rows) if len(rows) <= _MOST_CURVES or index < _MOST_CURVES - 2]
-    named = {row.variant for row in spread} | {BASELINE, "adamw"}
+    named = {row.variant for row in spread} | {sweep.baseline, "adamw"}
     for row in rows:
         if row.variant in named:
             points = _mean_curve(list(sweep.seed_runs(row.variant, store).values()))
             style = "--" if VARIANTS[row.variant].kind != "galore" else "-"
             axes.plot([step for step, _ in points], [loss for _, loss in points], style, marker=".", label=row.variant)
-    axes.set(xlabel="optimizer steps", ylabel="validation loss, nats a byte")
+    axes.set(xlabel="optimizer steps", ylabel="validation loss")
     axes.grid(alpha=0.3)
     if rows:
         axes.legend(fontsize=8)
@@ -61,7 +58,7 @@ def _mean_curve(runs: Sequence[Run]) -> list[tuple[int, float]]:
     return [(step, fmean(curve[step] for curve in curves)) for step in steps]
 
 
-def _dots(axes: Axes, rows: Sequence[Row]) -> None:
+def _dots(axes: Axes, rows: Sequence[Row], baseline: str) -> None:
     for place, row in enumerate(rows):
         losses = [loss for loss in row.losses.values() if loss is not None]
         color = _OTHERS if VARIANTS[row.variant].kind == "galore" else _PEERS
@@ -70,9 +67,9 @@ def _dots(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot([row.mean], [place], "|", color=color, markersize=14, markeredgewidth=2)
         if row.tuning_loss is not None:
             axes.plot([row.tuning_loss], [place], "x", color="gray", markersize=4)
-    baseline = next((row.mean for row in rows if row.variant == BASELINE), None)
-    if baseline is not None:
-        axes.axvline(baseline, color="black", linewidth=0.7, linestyle=":")
+    mean = next((row.mean for row in rows if row.variant == baseline), None)
+    if mean is not None:
+        axes.axvline(mean, color="black", linewidth=0.7, linestyle=":")
     axes.set_yticks(range(len(rows)), [row.variant for row in rows])
     axes.invert_yaxis()
     axes.set(xlabel="final validation loss: seeds (dots), mean (bar), tuning seed (cross)")

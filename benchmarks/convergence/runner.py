@@ -8,25 +8,21 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.convergence import variants
-from benchmarks.convergence.data import Text, windows
-from benchmarks.convergence.model import SIZES, UNIFORM_LOSS, ModelSize, build_model, matrices, next_byte_loss
-from benchmarks.convergence.variants import Task, Variant
+from benchmarks.convergence import build, variants
+from benchmarks.convergence.build import Task
+from benchmarks.convergence.variants import Variant
 from lightning_galore import GaLoreOptimizer
 from lightning_galore.storage import nbytes
 
-_VALIDATION_SEED = 20_240  # the same windows for every run
-_JUDGED_AT = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the run after which it is validated
 _TRAIN_POINTS = 40  # of the curve of the training loss
 
 #: Called before clipping with the number of steps done and the full gradient of each matrix.
@@ -34,37 +30,38 @@ Watch = Callable[[int, dict[str, Tensor]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """What all variants share.
+class Schedule:
+    """What all runs of a sweep share, whatever they learn.
 
     Args:
-        size: Shape of the model.
         rank: Of the low-rank variants.
         steps: Optimizer steps.
-        batch: Windows of text a step.
-        length: Bytes to predict in each.
         warmup: Share of the steps in which learning rates rise linearly.
         final: Share of the learning rate at the end of the cosine.
         clip: Global norm to which gradients are clipped.
-        validation_batches: Batches over which the validation loss is taken.
     """
 
-    size: ModelSize = SIZES["small"]
-    rank: int = SIZES["small"].rank
-    steps: int = 400
-    batch: int = 8
-    length: int = 128
+    rank: int
+    steps: int
     warmup: float = 0.1
     final: float = 0.1
     clip: float = 1.0
-    validation_batches: int = 32
+    #: Shares of the run after which it is validated. No field: the results do not hang on it.
+    judged_at: ClassVar[tuple[float, ...]] = (0.125, 0.25, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank < self.size.hidden:
-            raise ValueError(f"rank={self.rank} must be in [1, {self.size.hidden}), below the model's hidden size.")
-        for name in ("steps", "batch", "length", "validation_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1.")
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Settings of this package that every variant has unless it says otherwise."""
+        return {"rank": self.rank}
+
+    @property
+    def title(self) -> str:
+        """What was trained, for the head of the table."""
+        raise NotImplementedError
 
     def lr_factor(self, step: int) -> float:
         """Share of the learning rate at ``step`` (0 is the first): linear rise, then a cosine."""
@@ -79,7 +76,7 @@ class Experiment:
 class Spec:
     """One run, before it has begun."""
 
-    experiment: Experiment
+    experiment: Schedule
     variant: Variant
     lr: float
     seed: int
@@ -100,7 +97,7 @@ class Spec:
 
     def config(self) -> dict[str, Any] | None:
         """Every setting of this package's optimizer as the run has it, in JSON's types; None for other packages."""
-        config = variants.config_of(self.variant, rank=self.experiment.rank, seed=self.seed)
+        config = variants.config_of(self.variant, seed=self.seed, **self.experiment.common)
         held: dict[str, Any] | None = json.loads(json.dumps(dataclasses.asdict(config))) if config else None
         return held
 
@@ -111,7 +108,7 @@ class Result:
 
     Args:
         loss: Validation loss at the end, nats a byte; None if the run diverged to NaN.
-        diverged: Whether it ended above the loss of a model that knows nothing.
+        diverged: Whether it ended above the loss that :class:`Trial` calls ``ignorant``.
         curve: ``(steps done, validation loss)``.
         train_curve: ``(steps done, mean training loss since the last point)``.
         refreshes: Of a weight's basis, mean over the matrices; None where the optimizer counts none.
@@ -119,6 +116,7 @@ class Result:
         matrix_bytes: Of the matrices themselves.
         optimizer_seconds: CPU time of all optimizer steps.
         train_seconds: CPU time of training, validation left out.
+        score: Share of right answers at the end, where there are answers.
     """
 
     loss: float | None
@@ -130,58 +128,80 @@ class Result:
     matrix_bytes: int
     optimizer_seconds: float
     train_seconds: float
+    score: float | None = None
 
 
-def train(spec: Spec, text: Text, *, watch: Watch | None = None) -> Result:
-    """Do one run.
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A model that is about to be trained, and how.
 
     Args:
-        spec: Which.
-        text: The text of ``spec.text_sha256``.
+        model: The model, in training mode.
+        weights: The matrices that the variant trains, by name.
+        dense_lr: Learning rate of the other weights.
+        loss_of: Mean loss of the model on a batch.
+        batches: At least as many as there are steps.
+        judge: Validation loss, and the share of right answers or None.
+        ignorant: Above this loss, that of a model that knows nothing or worse, a run has diverged.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, nn.Parameter]
+    dense_lr: float
+    loss_of: Callable[[nn.Module, Any], Tensor]
+    batches: Iterable[Any]
+    judge: Callable[[], tuple[float, float | None]]
+    ignorant: float
+
+
+def carry_through(spec: Spec, trial: Trial, *, watch: Watch | None = None) -> Result:
+    """Train ``trial`` as ``spec`` says, and validate on the way.
+
+    Args:
+        spec: The run.
+        trial: Its model and data.
         watch: Sees the gradients of the matrices at every step.
     """
     plan = spec.experiment
-    model = build_model(plan.size, length=plan.length, seed=spec.seed)
-    model = model.bfloat16() if spec.variant.bf16 else model
-    weights = matrices(model)
-    optimizers = variants.build(spec.variant, Task(model=model, rank=plan.rank, lr=spec.lr, seed=spec.seed))
-    judged = _validation(text, plan)
-    points = {max(1, round(share * plan.steps)) for share in _JUDGED_AT}
-    run = _Training(model, optimizers, plan, weights, watch)
+    task = Task(
+        model=trial.model,
+        matrices=list(trial.weights.values()),
+        lr=spec.lr,
+        seed=spec.seed,
+        dense_lr=trial.dense_lr,
+        common=plan.common,
+    )
+    optimizers = build.build(spec.variant, task)
+    points = {max(1, round(share * plan.steps)) for share in plan.judged_at}
+    run = _Training(trial, optimizers, plan, watch)
     curve: list[tuple[int, float]] = []
-    batches = windows(text.train, batch=plan.batch, length=plan.length, seed=spec.seed)
-    for step, window in enumerate(islice(batches, plan.steps)):
-        if not run.step(step, window):
+    score = None
+    for step, batch in enumerate(islice(trial.batches, plan.steps)):
+        if not run.step(step, batch):
             break
         if step + 1 in points:
-            curve.append((step + 1, validation_loss(model, judged)))
+            loss, score = trial.judge()
+            curve.append((step + 1, loss))
     loss = curve[-1][1] if curve and curve[-1][0] == plan.steps else math.nan
     return Result(
         loss=loss if math.isfinite(loss) else None,
-        diverged=not loss < UNIFORM_LOSS,
+        diverged=not loss < trial.ignorant,
         curve=[(step, value) for step, value in curve if math.isfinite(value)],
         train_curve=run.curve,
-        refreshes=variants.refreshes(optimizers, weights.values()),
-        state_bytes=variants.held_bytes(optimizers, weights.values()),
-        matrix_bytes=nbytes(weights),
+        refreshes=build.refreshes(optimizers, task.matrices),
+        state_bytes=build.held_bytes(optimizers, task.matrices),
+        matrix_bytes=nbytes(trial.weights),
         optimizer_seconds=run.optimizer_seconds,
         train_seconds=run.seconds,
+        score=score,
     )
 
 
 class _Training:
     """The loop's body, which takes the times."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: list[Optimizer],
-        plan: Experiment,
-        weights: Mapping[str, nn.Parameter],
-        watch: Watch | None,
-    ) -> None:
-        self._model, self._optimizers, self._plan = model, optimizers, plan
-        self._weights, self._watch = weights, watch
+    def __init__(self, trial: Trial, optimizers: Sequence[Optimizer], plan: Schedule, watch: Watch | None) -> None:
+        self._trial, self._optimizers, self._plan, self._watch = trial, optimizers, plan, watch
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._losses: list[float] = []
         self._every = max(1, plan.steps // _TRAIN_POINTS)
@@ -189,16 +209,17 @@ class _Training:
         self.seconds = 0.0
         self.optimizer_seconds = 0.0
 
-    def step(self, step: int, window: Tensor) -> bool:
+    def step(self, step: int, batch: Any) -> bool:
         """Train on one batch; False if its loss is not finite."""
         start = time.process_time()
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * self._plan.lr_factor(step)
-        loss = next_byte_loss(self._model, window)
+        loss = self._trial.loss_of(self._trial.model, batch)
         loss.backward()
         if self._watch is not None:
-            self._watch(step, {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None})
+            weights = self._trial.weights.items()
+            self._watch(step, {name: weight.grad for name, weight in weights if weight.grad is not None})
         self._clip()
         before = time.process_time()
         for optimizer in self._optimizers:
@@ -220,36 +241,4 @@ class _Training:
             for optimizer in waiting:
                 stack.enter_context(optimizer.exposed())
             shown = [p for one in self._optimizers for group in one.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(shown if waiting else self._model.parameters(), self._plan.clip)
-
-
-def _validation(text: Text, plan: Experiment) -> list[Tensor]:
-    batches = windows(text.validation, batch=plan.batch, length=plan.length, seed=_VALIDATION_SEED)
-    return list(islice(batches, plan.validation_batches))
-
-
-@torch.no_grad()
-def validation_loss(model: nn.Module, batches: list[Tensor]) -> float:
-    """Mean loss over ``batches`` of equal size, in nats a byte."""
-    return sum(next_byte_loss(model, window).item() for window in batches) / len(batches)
-
-
-def save_gradients(spec: Spec, text: Text, *, steps: set[int]) -> dict[str, Tensor]:
-    """Train as ``spec`` says and keep the gradients of the matrices, before clipping.
-
-    Args:
-        spec: The run.
-        text: Its text.
-        steps: After how many optimizer steps.
-
-    Returns:
-        ``"step 100: model.layers.0.mlp.up_proj.weight"`` and the like to gradients ``(m, n)``.
-    """
-    kept: dict[str, Tensor] = {}
-
-    def watch(step: int, gradients: dict[str, Tensor]) -> None:
-        if step in steps:
-            kept.update({f"step {step}: {name}": grad.clone() for name, grad in gradients.items()})
-
-    train(spec, text, watch=watch)
-    return kept
+            nn.utils.clip_grad_norm_(shown if waiting else self._trial.model.parameters(), self._plan.clip)

@@ -6,12 +6,12 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.convergence.data import Text
-from benchmarks.convergence.runner import Experiment, Result, Spec, train
+from benchmarks.convergence.language import train
+from benchmarks.convergence.runner import Result, Schedule, Spec
 from benchmarks.convergence.store import Run, Store
-from benchmarks.convergence.variants import VARIANTS
+from benchmarks.convergence.variants import BASELINE, VARIANTS
 
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2, 3, 4)
@@ -33,17 +33,20 @@ class Tuning:
     at_edge: bool
 
 
-def tune(losses: Mapping[float, float | None], grid: Sequence[float] = RATES) -> Tuning:
-    """What to run next: the grid, and while the best lies at an edge, one more on that side (``MOST_EXTRA`` at most).
+def tune(
+    losses: Mapping[float, float | None], grid: Sequence[float] = RATES, *, most_extra: int = MOST_EXTRA
+) -> Tuning:
+    """What to run next: the grid, and while the best lies at an edge, one more on that side.
 
     Args:
         losses: Learning rate to validation loss of what was run; None is a diverged run. Rates that this rule would
             not have asked for do not count.
         grid: At least two learning rates, ascending.
+        most_extra: How many may be added to it.
     """
     missing = tuple(lr for lr in grid if lr not in losses)
     tried = {lr: losses[lr] for lr in grid if lr in losses}
-    for _ in range(0 if missing else MOST_EXTRA):
+    for _ in range(0 if missing else most_extra):
         extra = _beyond(sorted(tried), _best(tried))
         if extra is None:
             break
@@ -73,26 +76,45 @@ def _best(losses: Mapping[float, float | None]) -> float | None:
     return min(finite, key=lambda lr: finite[lr]) if finite else None
 
 
+class Data(Protocol):
+    """What is learnt from."""
+
+    @property
+    def name(self) -> str:
+        """For the picture."""
+
+    @property
+    def sha256(self) -> str:
+        """Of all that is read."""
+
+    def facts(self) -> dict[str, str | int]:
+        """What the results record."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """The runs of a comparison, done and to be done.
 
     Args:
         experiment: What all runs share.
-        text: The text.
+        text: What is learnt from.
         variants: Their names.
         seeds: The first tunes the learning rate and is reported by itself; the mean is over the others.
         rates: The grid, ascending.
+        baseline: The variant that the others are compared with, seed by seed.
+        most_extra: Learning rates beyond the grid, at most.
     """
 
-    experiment: Experiment
-    text: Text
+    experiment: Schedule
+    text: Data
     variants: tuple[str, ...]
     seeds: tuple[int, ...] = SEEDS
     rates: tuple[float, ...] = RATES
+    baseline: str = BASELINE
+    most_extra: int = MOST_EXTRA
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.variants if name not in VARIANTS]
+        unknown = [name for name in (*self.variants, self.baseline) if name not in VARIANTS]
         if unknown:
             raise ValueError(f"variants={unknown} are not known; choose among {', '.join(VARIANTS)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -104,7 +126,7 @@ class Sweep:
         """One run of the sweep."""
         return Spec(
             experiment=self.experiment,
-            variant=VARIANTS[variant],
+            variant=VARIANTS[variant].of_length(self.experiment.steps),
             lr=lr,
             seed=seed,
             text_sha256=self.text.sha256,
@@ -124,7 +146,8 @@ class Sweep:
         return self._tuning_of(self.tuning_runs(variant, store))
 
     def _tuning_of(self, runs: Mapping[float, Run]) -> Tuning:
-        return tune({lr: None if run.result.diverged else run.result.loss for lr, run in runs.items()}, self.rates)
+        losses = {lr: None if run.result.diverged else run.result.loss for lr, run in runs.items()}
+        return tune(losses, self.rates, most_extra=self.most_extra)
 
     def seed_runs(self, variant: str, store: Store) -> dict[int, Run]:
         """The finished runs at the other seeds and the best learning rate, by seed; none before it is known."""
@@ -152,7 +175,7 @@ def carry_out(
     *,
     machine: dict[str, Any],
     said: Callable[[str], object],
-    run_one: Callable[[Spec, Text], Result] = train,
+    run_one: Callable[[Spec, Any], Result] = train,
 ) -> list[str]:
     """Do what is not finished. A variant whose run raises is given up, and the next one begins.
 
@@ -181,7 +204,7 @@ def carry_out(
 
 
 def _run(
-    sweep: Sweep, variant: str, lr: float, seed: int, machine: dict[str, Any], run_one: Callable[[Spec, Text], Result]
+    sweep: Sweep, variant: str, lr: float, seed: int, machine: dict[str, Any], run_one: Callable[[Spec, Any], Result]
 ) -> Run:
     spec = sweep.spec(variant, lr, seed)
     return Run(

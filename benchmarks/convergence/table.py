@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
 
 from benchmarks.convergence.store import Run, Store
 from benchmarks.convergence.sweep import Sweep
-from benchmarks.convergence.variants import BASELINE, VARIANTS
+from benchmarks.convergence.variants import VARIANTS
 from benchmarks.results import Report, Table
 
 FULL_RANK = "adamw"  # whose optimizer time is 1
@@ -36,6 +36,11 @@ class Row:
         matrix_bytes: Of the matrices.
         optimizer_time: CPU time of the optimizer steps of a run, as a multiple of full-rank AdamW's.
         optimizer_share: Of the CPU time of training.
+        scores: Share of right answers at each other seed; empty where there are no answers.
+        score: Mean of ``scores``.
+        score_error: Its standard error, from two seeds on.
+        score_difference: Mean over seeds of the score minus the baseline's at that seed; positive is better.
+        score_difference_error: Standard error of ``score_difference``, from two seeds on.
     """
 
     variant: str
@@ -52,6 +57,11 @@ class Row:
     matrix_bytes: int
     optimizer_time: float | None
     optimizer_share: float
+    scores: dict[int, float | None] = field(default_factory=dict)
+    score: float | None = None
+    score_error: float | None = None
+    score_difference: float | None = None
+    score_difference_error: float | None = None
 
 
 def rows_of(sweep: Sweep, store: Store) -> list[Row]:
@@ -61,7 +71,7 @@ def rows_of(sweep: Sweep, store: Store) -> list[Row]:
         sweep: The comparison.
         store: Its finished runs, and perhaps others.
     """
-    baseline = losses_by_seed(sweep.seed_runs(BASELINE, store))
+    baseline = sweep.seed_runs(sweep.baseline, store)
     unit = _optimizer_seconds(_runs(sweep, FULL_RANK, store))
     rows = [_row(sweep, store, name, baseline, unit) for name in sweep.variants if _runs(sweep, name, store)]
     return sorted(rows, key=lambda row: (math.inf if row.mean is None else row.mean, row.tuning_loss or math.inf))
@@ -72,6 +82,25 @@ def losses_by_seed(runs: Mapping[int, Run]) -> dict[int, float | None]:
     return {seed: None if run.result.diverged else run.result.loss for seed, run in runs.items()}
 
 
+def scores_by_seed(runs: Mapping[int, Run]) -> dict[int, float | None]:
+    """Share of right answers of each run at its end; empty where there are no answers."""
+    return {seed: run.result.score for seed, run in runs.items() if run.result.score is not None}
+
+
+def _scores(sweep: Sweep, runs: Mapping[int, Run], baseline: Mapping[int, Run], name: str) -> dict[str, Any]:
+    scores = scores_by_seed(runs)
+    nothing: dict[int, float | None] = dict.fromkeys(scores, 0.0)
+    mean, error = paired(scores, nothing)
+    against = (None, None) if name == sweep.baseline else paired(scores, scores_by_seed(baseline))
+    return {
+        "scores": scores,
+        "score": mean,
+        "score_error": error,
+        "score_difference": against[0],
+        "score_difference_error": against[1],
+    }
+
+
 def _runs(sweep: Sweep, variant: str, store: Store) -> list[Run]:
     return [*sweep.tuning_runs(variant, store).values(), *sweep.seed_runs(variant, store).values()]
 
@@ -80,14 +109,15 @@ def _optimizer_seconds(runs: Sequence[Run]) -> float | None:
     return median(run.result.optimizer_seconds for run in runs) if runs else None
 
 
-def _row(sweep: Sweep, store: Store, name: str, baseline: Mapping[int, float | None], unit: float | None) -> Row:
+def _row(sweep: Sweep, store: Store, name: str, baseline: Mapping[int, Run], unit: float | None) -> Row:
     tuning, tuned = sweep.tuning(name, store), sweep.tuning_runs(name, store)
-    losses = losses_by_seed(sweep.seed_runs(name, store))
+    by_seed = sweep.seed_runs(name, store)
+    losses = losses_by_seed(by_seed)
     runs = _runs(sweep, name, store)
     finite = [loss for loss in losses.values() if loss is not None]
     whole = len(finite) == len(losses)
     own = _optimizer_seconds(runs)
-    difference, error = paired(losses, baseline) if name != BASELINE and whole else (None, None)
+    difference, error = paired(losses, losses_by_seed(baseline)) if name != sweep.baseline and whole else (None, None)
     counted = [run.result.refreshes for run in runs if run.result.refreshes is not None]
     return Row(
         variant=name,
@@ -104,6 +134,7 @@ def _row(sweep: Sweep, store: Store, name: str, baseline: Mapping[int, float | N
         matrix_bytes=runs[0].result.matrix_bytes,
         optimizer_time=own / unit if own is not None and unit else None,
         optimizer_share=median(run.result.optimizer_seconds / run.result.train_seconds for run in runs),
+        **_scores(sweep, by_seed, baseline, name),
     )
 
 
@@ -128,16 +159,18 @@ def paired(
     return fmean(differences), error
 
 
+_SCORES = ("accuracy", "+- se", "minus {baseline}", "+- se")
 _HEADER = (
     "variant",
     "loss, mean",
     "+- sd",
     "seeds",
-    f"minus {BASELINE}",
+    "minus {baseline}",
     "+- se",
     "lr",
     "tuning loss",
     "refreshes",
+    "state MB",
     "state / weights",
     "optimizer time",
 )
@@ -145,12 +178,12 @@ _HEADER = (
 
 def table_of(sweep: Sweep, rows: Sequence[Row]) -> Table:
     """The rows for people."""
-    plan = sweep.experiment
+    scored = any(row.scores for row in rows)
+    header = (*_HEADER, *_SCORES) if scored else _HEADER
     return Table(
-        title=f"Validation loss, nats a byte: LLaMA h={plan.size.hidden}, {plan.size.layers} layers, "
-        f"rank {plan.rank}, {plan.steps} steps of {plan.batch} x {plan.length} bytes",
-        header=_HEADER,
-        rows=[_cells(row) for row in rows],
+        title=sweep.experiment.title,
+        header=tuple(title.format(baseline=sweep.baseline) for title in header),
+        rows=[(*_cells(row), *_score_cells(row)) if scored else _cells(row) for row in rows],
     )
 
 
@@ -166,8 +199,18 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if row.lr is None else f"{row.lr:g}" + ("*" if row.lr_at_edge else ""),
         _number(row.tuning_loss),
         "-" if row.refreshes is None else f"{row.refreshes:.0f}",
+        f"{row.state_bytes / 1e6:.3f}",
         f"{row.state_bytes / row.matrix_bytes:.2f}",
         "-" if row.optimizer_time is None else f"{row.optimizer_time:.2f}",
+    )
+
+
+def _score_cells(row: Row) -> tuple[str, ...]:
+    return (
+        _number(row.score),
+        _number(row.score_error),
+        _number(row.score_difference, sign="+"),
+        _number(row.score_difference_error),
     )
 
 
@@ -202,12 +245,14 @@ def report_of(
             "tuning_seed": sweep.seeds[0],
             "seeds": list(sweep.seeds[1:]),
             "rates": list(sweep.rates),
+            "most_extra_rates": sweep.most_extra,
+            "baseline": sweep.baseline,
         },
         measurements=[
             {
                 **asdict(row),
                 "kind": VARIANTS[row.variant].kind,
-                "settings": dict(VARIANTS[row.variant].settings),
+                "settings": dict(VARIANTS[row.variant].of_length(sweep.experiment.steps).settings),
                 "text": VARIANTS[row.variant].text,
                 "runs": [asdict(run) for run in _runs(sweep, row.variant, store)],
             }
@@ -221,7 +266,7 @@ def report_of(
 def _notes(sweep: Sweep, rows: Sequence[Row], store: Store) -> list[str]:
     notes = [
         f"learning rates tuned at seed {sweep.seeds[0]} (its loss stands in 'tuning loss'), means over the other "
-        f"seeds; 'minus {BASELINE}' is taken seed by seed.",
+        f"seeds; 'minus {sweep.baseline}' is taken seed by seed.",
         "state / weights: bytes of optimizer state on the matrices, over their own; optimizer time: CPU time of all "
         "optimizer steps, over full-rank fused AdamW's.",
     ]

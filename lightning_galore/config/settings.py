@@ -74,8 +74,9 @@ class GaLoreConfig:
             training), ``swan`` (whitened updates without moments), ``spam`` or ``stable-spam`` (gradient spikes are
             clipped, momentum is reset), ``natural-galore`` (natural gradient in the subspace), ``adarankgrad``
             (shrinking ranks), ``galore-plus`` (heads share a basis), ``apollo`` and ``apollo-mini`` (the full gradient,
-            scaled by channel or as a whole), ``q-apollo`` (``apollo`` with int8 weights) ``fira`` (``galore`` and
-            the scaled residual) or ``tensor-galore`` (convolutions along each mode). Settings you name win.
+            scaled by channel or as a whole), ``apollo-svd`` (along singular vectors), ``q-apollo`` (with int8 weights),
+            ``fira`` (``galore`` and the scaled residual) or ``tensor-galore`` (convolutions along each mode). Settings
+            you name win.
         subspace: How a basis is found: ``randomized`` (range finder, the default), ``svd`` (exact), ``gram``
             (eigenvectors of the Gram matrix), ``power`` (power iteration from the last basis), ``track`` (follows
             gradient and first moment), ``blend`` (LDAdam's form of it), ``columns`` (the largest columns),

@@ -72,8 +72,8 @@ class GaLoreStrategy(BackwardModes):
         target_modules: "all-linear", a regular expression on module names, or a list of substrings and classes.
         ignore_modules: Modules to leave out.
         method: A preset by name: galore, galore2, galore-track, galore-8bit, q-galore, ldadam, frugal, golore, swan,
-            spam, stable-spam, natural-galore, adarankgrad, galore-plus, apollo, apollo-mini, q-apollo, fira
-            or tensor-galore; settings you name win over it.
+            spam, stable-spam, natural-galore, adarankgrad, galore-plus, apollo, apollo-mini, apollo-svd,
+            q-apollo, fira or tensor-galore; settings you name win over it.
         subspace: How a basis is found: randomized, svd, gram, power, track, blend, columns, random_orthonormal,
             gaussian, coordinates, block, cross_head, tucker (weights of order > 2 along each mode) or tucker_warm (the
             same from the last bases).

@@ -19,16 +19,19 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from benchmarks.convergence import __main__ as command
+from benchmarks.convergence import build as building
 from benchmarks.convergence import store as stores
 from benchmarks.convergence import variants as rows
+from benchmarks.convergence.build import Task, build, held_bytes
 from benchmarks.convergence.data import Text, load_text, windows
+from benchmarks.convergence.language import Experiment, save_gradients, train
 from benchmarks.convergence.model import SIZES, UNIFORM_LOSS, ModelSize, build_model, matrices
 from benchmarks.convergence.plot import picture
-from benchmarks.convergence.runner import Experiment, Result, Spec, save_gradients, train
+from benchmarks.convergence.runner import Result, Spec
 from benchmarks.convergence.store import Store
 from benchmarks.convergence.sweep import MOST_EXTRA, Sweep, carry_out, tune
 from benchmarks.convergence.table import paired, report_of, rows_of
-from benchmarks.convergence.variants import VARIANTS, Task, Variant, build, held_bytes, why_not
+from benchmarks.convergence.variants import VARIANTS, Variant, why_not
 
 SIZE = ModelSize(hidden=16, layers=1, heads=2, intermediate=24)
 TINY = Experiment(size=SIZE, rank=4, steps=12, batch=4, length=16, validation_batches=2)
@@ -129,7 +132,7 @@ def test_the_matrices_are_those_inside_the_layers() -> None:
     chosen = matrices(model)
     assert len(chosen) == 7
     assert not any("embed" in name or "lm_head" in name for name in chosen)
-    task = Task(model=model, rank=4, lr=1.0)
+    task = Task(model=model, matrices=list(chosen.values()), common={"rank": 4}, lr=1.0)
     assert {id(p) for p in task.matrices} | {id(p) for p in task.dense} == {id(p) for p in model.parameters()}
     optimizer = build(VARIANTS["plain"], task)[0]
     assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(1.0, 7), (3e-3, 5)]
@@ -139,7 +142,7 @@ def test_settings_that_project_other_weights_are_refused() -> None:
     model = build_model(SIZE, length=16, seed=0)
     fewer = Variant(kind="galore", settings={"ignore_modules": ["q_proj"]})
     with pytest.raises(ValueError, match="rank=4 project 6 weights, not the 7"):
-        build(fewer, Task(model=model, rank=4, lr=1.0))
+        build(fewer, Task(model=model, matrices=list(matrices(model).values()), common={"rank": 4}, lr=1.0))
 
 
 def test_refreshes_and_bytes_are_counted(text: Text) -> None:
@@ -186,7 +189,7 @@ def test_optimizers_see_scheduled_rates_and_clipped_gradients(monkeypatch: pytes
             matrices_lr, dense_lr = (group["lr"] for group in self.param_groups)
             seen.append((matrices_lr, dense_lr, float(torch.stack(norms).norm())))
 
-    monkeypatch.setattr(rows, "build", lambda variant, task: [Spy(task.groups())])
+    monkeypatch.setattr(building, "build", lambda variant, task: [Spy(task.groups())])
     train(spec("adamw", lr=1e-2, experiment=dataclasses.replace(TINY, clip=0.01)), text)
     factors = [TINY.lr_factor(step) for step in range(TINY.steps)]
     assert [lr for lr, _, _ in seen] == pytest.approx([1e-2 * factor for factor in factors])

@@ -73,6 +73,17 @@ class Matrices(nn.Module):
         return self.second(self.middle(self.first(x).tanh()).tanh())
 
 
+class Heads(nn.Module):
+    """Queries, whose five heads of eight rows may share a basis, and a layer that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.last = nn.Linear(24, 40), nn.Linear(40, 18)
+
+    def forward(self, x: Tensor, rank: int, micro: int) -> Tensor:
+        return self.last(self.q_proj(x).tanh())
+
+
 class Convs(nn.Module):
     """Weights of order 3 and 4, one in channels_last, and a matrix."""
 
@@ -293,6 +304,8 @@ def _cases() -> dict[str, Case]:
         cases[f"{mode}-twice"] = Case(mode, model=Twice, dtype=torch.float64)
         cases[f"{mode}-branches"] = Case(mode, model=Branches, dtype=torch.float64)
         cases[f"{mode}-branches-2"] = Case(mode, model=Branches, dtype=torch.float64, accumulate=2)
+        heads = {"method": "galore-plus", "head_size": 8}
+        cases[f"{mode}-galore-plus"] = Case(mode, heads, model=Heads, dtype=torch.float64)
         for name, settings in TENSORS.items():
             cases[f"{mode}-{name}"] = Case(mode, {**NAMED, **settings}, model=Convs, dtype=torch.float64)
         cases[f"{mode}-threads"] = Case(mode, {"rank": 16}, model=Matrices, threads=4, tolerance=2e-5)
@@ -316,6 +329,7 @@ def _cases() -> dict[str, Case]:
         for name in ("apollo", "apollo-mini", "fira"):
             cases[f"{mode}-{name}"] = Case(mode, {"method": name}, dtype=torch.float64)
         cases[f"{mode}-apollo-2"] = Case(mode, {"method": "apollo"}, dtype=torch.float64, accumulate=2)
+    cases["layerwise-q-apollo"] = Case("layerwise", {"method": "q-apollo"}, tolerance=0.02)  # DDP refuses "step"
     cases["step-norms"] = Case("step", dtype=torch.float64, norms=True)
     cases["step-clip"] = Case("step", {"clip_weight_norm": 0.02}, dtype=torch.float64)
     return cases

@@ -17,7 +17,8 @@ from tests.reference.scaling_reference import Scaling, gaussian, singular_vector
 from .one_weight import SHAPES, Base, gradient, one_weight
 
 GAP, STEPS, LR = 7, 30, 0.02
-KINDS = {"apollo": "channel", "apollo-mini": "tensor", "fira": "residual"}
+KINDS = {"apollo": "channel", "apollo-svd": "channel", "apollo-mini": "tensor", "fira": "residual"}
+SINGULAR = ("apollo-svd", "fira")  # bases of the gradient's singular vectors
 BASES: dict[str, tuple[Base, Any, dict[str, float]]] = {
     "AdamW": (lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.1), Adam(lr=LR), {"decoupled": 0.1}),
     "Adam": (lambda p: torch.optim.Adam(p, lr=LR, weight_decay=0.1), Adam(lr=LR), {"coupled": 0.1}),
@@ -29,7 +30,7 @@ def referred(method: str, optimizer: GaLoreOptimizer, weight: Tensor, base: str,
     """The plain formulas with the same settings; of random bases it gets the number that the state holds."""
 
     def basis(grad: Tensor) -> Tensor:
-        if method == "fira":
+        if method in SINGULAR:
             return singular_vectors(grad, rank)
         return gaussian(optimizer.state[weight][BASIS], grad.shape[0], rank)
 
@@ -65,7 +66,7 @@ def test_weights_are_those_of_the_formulas(method: str, shape: tuple[int, int], 
 @pytest.mark.parametrize("method", KINDS)
 def test_presets_have_the_papers_scale_and_rank(method: Any) -> None:
     config = GaLoreConfig(method=method)
-    expected = {"apollo": (128, 1.0), "apollo-mini": (1, 128**0.5), "fira": (128, 0.25)}
+    expected = {"apollo": (128, 1.0), "apollo-svd": (128, 1.0), "apollo-mini": (1, 128**0.5), "fira": (128, 0.25)}
     assert (config.rank, config.scale) == expected[method]
     assert (config.schedule, config.stagger, config.moments, config.gap) == ("fixed", False, "keep", 200)
 
