@@ -18,19 +18,32 @@ from torch import Tensor, nn
 from benchmarks import pictures
 from benchmarks.optimizers import FULL_RANK
 from benchmarks.options import Options, progress, run
-from benchmarks.results import Report, Table, megabytes, milliseconds, ratio, rounded
+from benchmarks.results import Report, Table, Target, megabytes, milliseconds, ratio, rounded
 from benchmarks.timing import Spread, in_turn, quiet, times_faster
-from benchmarks.training import CASES, NEVER, QUICK_CASES, Case, is_projected
+from benchmarks.training import CASES, FINE_TUNING, NEVER, PRE_TRAINING, QUICK_CASES, Case, is_projected
 from benchmarks.weights import SEED
 from lightning_galore import GaLoreOptimizer
 
-ORDINARY, FUSED, FUSED_RIGHT = "mode project", "the same, fused_backward", "the same, projected on the right everywhere"
+ORDINARY, FUSED, COMPRESSED = "mode project", "the same, fused_backward", "the same, compress_activations"
 SETTINGS: dict[str, dict[str, Any]] = {
     FULL_RANK: {},
     ORDINARY: {"fused_backward": False},
     FUSED: {"fused_backward": True},
-    FUSED_RIGHT: {"fused_backward": True, "proj_type": "right"},
+    COMPRESSED: {"fused_backward": True, "compress_activations": True},
 }
+UNFUSED = "ordinary path"
+CONVOLUTION_WAYS: dict[str, dict[str, Any]] = {
+    UNFUSED: {"fused_backward": False},
+    "fused, left": {"fused_backward": True, "proj_type": "left"},
+    "fused, right": {"fused_backward": True, "proj_type": "right"},
+}
+#: Channels, side of the picture, rank.
+CONVOLUTIONS = ((64, 56, 8), (128, 28, 8), (128, 28, 32), (256, 14, 64), (512, 7, 8))
+QUICK_CONVOLUTIONS = ((8, 6, 2),)
+#: Most that a whole step may take, of fused AdamW's, on a CPU at one thread.
+MOST = {FINE_TUNING: 0.80, PRE_TRAINING: 0.95}
+#: Most bytes that the forward pass of fine-tuning may keep, of those that full-rank training keeps.
+KEPT = {FUSED: 0.90, COMPRESSED: 0.75}
 
 
 def measure(options: Options) -> tuple[Report, Figure]:
@@ -50,6 +63,7 @@ def measure(options: Options) -> tuple[Report, Figure]:
         },
         measurements=measured,
         tables=[_table(held) for held in measured],
+        targets=_targets(measured, options),
     )
     return report, _picture(report)
 
@@ -71,7 +85,7 @@ def _measure_case(case: Case, options: Options) -> dict[str, Any]:
         "rounds": case.rounds,
         "ways": {
             name: {
-                "median_s": Spread.of(own).median,
+                "median_s": {"whole": Spread.of(own).median},
                 "steps_of_full_rank": asdict(times_faster(seconds[FULL_RANK], than=own)),
                 "kept_bytes": kept[name],
                 "seconds": rounded(own),
@@ -102,6 +116,87 @@ def _training(name: str, case: Case, device: torch.device) -> tuple[Callable[[],
     return step, lambda: kept_bytes(forward, model)
 
 
+def measure_convolutions(options: Options) -> tuple[Report, Figure]:
+    """Time forward and backward of single convolutions in mode project, fused and not."""
+    machine, measured = options.machine(), []
+    for channels, size, rank in QUICK_CONVOLUTIONS if options.quick else CONVOLUTIONS:
+        progress(f"a convolution of {channels} channels, {size} x {size}")
+        measured.append(_measure_convolution(channels, size, rank, options))
+    rows = [
+        (
+            held["name"],
+            name,
+            milliseconds(row["median_s"]["whole"]),
+            ratio(Spread(**row["steps_of_full_rank"]), digits=2),
+        )
+        for held in measured
+        for name, row in held["ways"].items()
+    ]
+    report = Report(
+        name="fused-convolutions-quick" if options.quick else "fused-convolutions",
+        machine=machine,
+        settings={
+            "clock": options.clock.name,
+            "what": "forward and backward of one 3 x 3 convolution, hooks included; random input and output gradient",
+            "seed": SEED,
+        },
+        measurements=measured,
+        tables=[
+            Table(
+                title="a convolution's forward and backward",
+                header=("channels, picture, rank", "mode project", "ms", "of the ordinary path"),
+                rows=rows,
+            )
+        ],
+    )
+    title = "Forward and backward of a 3 x 3 convolution, batch 16, of those of the ordinary path"
+    label = "of the ordinary path (log), p10-p90: shorter is faster"
+    figure = pictures.whole_steps(report, ways="ways", is_ours=lambda name: name != UNFUSED, title=title, xlabel=label)
+    return report, figure
+
+
+def _measure_convolution(channels: int, size: int, rank: int, options: Options) -> dict[str, Any]:
+    torch.manual_seed(SEED)
+    x = torch.randn(16, channels, size, size, device=options.torch_device, requires_grad=True)
+    passes = {name: _passes(x, rank, **settings) for name, settings in CONVOLUTION_WAYS.items()}
+    for run_once in passes.values():
+        run_once()
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    with quiet():
+        for turn in range(3 if options.quick else 9):
+            for name in in_turn(list(passes), turn):
+                seconds[name].append(options.clock.seconds(passes[name]))
+    return {
+        "name": f"{channels}, {size} x {size}, r={rank}",
+        "ways": {
+            name: {
+                "median_s": {"whole": Spread.of(own).median},
+                "steps_of_full_rank": asdict(times_faster(seconds[UNFUSED], than=own)),
+                "seconds": rounded(own),
+            }
+            for name, own in seconds.items()
+        },
+    }
+
+
+def _passes(x: Tensor, rank: int, **settings: Any) -> Callable[[], None]:
+    """Forward and backward of a convolution of its own, whose basis is there."""
+    model = nn.Sequential(nn.Conv2d(x.shape[1], x.shape[1], 3, padding=1, bias=False)).to(x.device)
+    base = torch.optim.SGD(model.parameters(), lr=1e-3)
+    how = {"mode": "project", "rank": rank, "update_proj_gap": NEVER, "stagger": False, **settings}
+    optimizer = GaLoreOptimizer(base, model, target_modules=[nn.Conv2d], **how)
+    grad = torch.randn_like(x)
+    model(x).backward(grad)
+    optimizer.step()
+
+    def run_once() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        model(x).backward(grad)
+
+    return run_once
+
+
 def _optimizer(name: str, model: nn.Module, rank: int) -> torch.optim.Optimizer:
     targets = [param for own, param in model.named_parameters() if is_projected(own, param)]
     others = [param for own, param in model.named_parameters() if not is_projected(own, param)]
@@ -129,11 +224,37 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(size for place, size in kept.items() if place not in own)
 
 
+def _targets(measured: list[dict[str, Any]], options: Options) -> list[Target]:
+    ways = {held["name"]: held["ways"] for held in measured}
+    kept = [
+        Target(
+            text=f"kept by the forward pass of {FINE_TUNING}, {name}, of what {FULL_RANK} keeps",
+            value=ways[FINE_TUNING][name]["kept_bytes"] / ways[FINE_TUNING][FULL_RANK]["kept_bytes"],
+            bound=bound,
+            at_least=False,
+        )
+        for name, bound in KEPT.items()
+        if FINE_TUNING in ways
+    ]
+    if options.device != "cpu" or options.threads != 1:
+        return kept
+    return kept + [
+        Target(
+            text=f"a whole training step of {name} with fused_backward, in those of {FULL_RANK}",
+            value=ways[name][FUSED]["steps_of_full_rank"]["median"],
+            bound=bound,
+            at_least=False,
+        )
+        for name, bound in MOST.items()
+        if name in ways
+    ]
+
+
 def _table(held: dict[str, Any]) -> Table:
     rows: list[tuple[str, ...]] = [
         (
             name,
-            milliseconds(row["median_s"]),
+            milliseconds(row["median_s"]["whole"]),
             ratio(Spread(**row["steps_of_full_rank"]), digits=3),
             megabytes(row["kept_bytes"]),
         )
@@ -147,30 +268,14 @@ def _table(held: dict[str, Any]) -> Table:
 
 
 def _picture(report: Report) -> Figure:
-    """A panel a case: a whole training step in those of full-rank AdamW."""
-    panels = [
-        pictures.Panel(
-            title=held["name"],
-            bars=[
-                pictures.Bar(
-                    label=name,
-                    spread=Spread(**row["steps_of_full_rank"]),
-                    text=f"{milliseconds(row['median_s'])} ms",
-                    ours=name != FULL_RANK,
-                )
-                for name, row in held["ways"].items()
-            ],
-        )
-        for held in report.measurements
-    ]
-    return pictures.bar_panels(
-        panels,
-        title=f"Whole training step: its cost in steps of {FULL_RANK}",
-        footer=report,
-        xlabel="AdamW steps, p10-p90: shorter is faster",
-        columns=len(panels),
+    return pictures.whole_steps(
+        report,
+        ways="ways",
+        is_ours=lambda name: name != FULL_RANK,
+        title=f"Whole training step without a refresh, in steps of {FULL_RANK}",
+        xlabel="AdamW's steps (log), p10-p90: shorter is faster",
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run([measure], prog="python -m benchmarks.fused"))
+    sys.exit(run([measure, measure_convolutions], prog="python -m benchmarks.fused"))

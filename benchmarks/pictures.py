@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.machine import headline
-from benchmarks.results import Report
+from benchmarks.results import Report, milliseconds
 from benchmarks.timing import Spread
 
 # This package, a second curve of it, and the others.
@@ -45,14 +45,17 @@ class Panel:
     bars: list[Bar]
 
 
-def bar_panels(panels: Sequence[Panel], *, title: str, footer: Report, xlabel: str, columns: int = _COLUMNS) -> Figure:
-    """A grid of bar charts over a logarithmic axis, where 1 is a line."""
+def bar_panels(
+    panels: Sequence[Panel], *, title: str, footer: Report, xlabel: str, columns: int = _COLUMNS, room: float = 30.0
+) -> Figure:
+    """A grid of bar charts over a logarithmic axis, where 1 is a line; ``room`` times the longest bar is its end."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     tallest = max(len(panel.bars) for panel in panels)
-    figure, axes = grid(rows, columns, width=4.2, height=0.9 + 0.3 * tallest)
+    longest = max(len(bar.label) for panel in panels for bar in panel.bars)
+    figure, axes = grid(rows, columns, width=max(4.2, 2.4 + 0.08 * longest), height=0.9 + 0.3 * tallest)
     for panel, ax in zip(panels, axes, strict=False):
-        _bars(ax, panel)
+        _bars(ax, panel, room)
         ax.set_xlabel(xlabel, fontsize=8)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -60,7 +63,36 @@ def bar_panels(panels: Sequence[Panel], *, title: str, footer: Report, xlabel: s
     return figure
 
 
-def _bars(ax: Axes, panel: Panel) -> None:
+def whole_steps(report: Report, *, ways: str, is_ours: Callable[[str], bool], title: str, xlabel: str) -> Figure:
+    """A panel a case: whole training steps in those of full-rank AdamW.
+
+    Args:
+        report: Its measurements have a name and, under ``ways``, for each way to train ``steps_of_full_rank`` and
+            ``median_s["whole"]``.
+        ways: The key.
+        is_ours: Whether a way is coloured as this package's.
+        title: Of the picture.
+        xlabel: Of the axis.
+    """
+    panels = [
+        Panel(
+            title=held["name"],
+            bars=[
+                Bar(
+                    label=name,
+                    spread=Spread(**row["steps_of_full_rank"]),
+                    text=f"{milliseconds(row['median_s']['whole'])} ms",
+                    ours=is_ours(name),
+                )
+                for name, row in held[ways].items()
+            ],
+        )
+        for held in report.measurements
+    ]
+    return bar_panels(panels, title=title, footer=report, xlabel=xlabel, columns=3, room=2.5)
+
+
+def _bars(ax: Axes, panel: Panel, room: float) -> None:
     places = range(len(panel.bars))
     spreads = [bar.spread for bar in panel.bars]
     ax.barh(
@@ -81,8 +113,11 @@ def _bars(ax: Axes, panel: Panel) -> None:
             fontsize=8,
         )
     ax.set_xscale("log")
-    ax.set_xlim(0.7 * min(1.0, *(s.p10 for s in spreads)), 30 * max(1.0, *(s.p90 for s in spreads)))
+    ax.set_xlim(0.7 * min(1.0, *(s.p10 for s in spreads)), room * max(1.0, *(s.p90 for s in spreads)))
     ax.xaxis.set_major_formatter("{x:g}")
+    if room < 10:  # hardly a decade: name what stands between its ends
+        ax.set_xticks([0.5, 0.7, 1, 2], labels=["0.5", "0.7", "1", "2"], minor=False)
+        ax.minorticks_off()
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_yticks(list(places), [bar.label for bar in panel.bars], fontsize=8)
     ax.invert_yaxis()

@@ -27,6 +27,7 @@ NEVER = 10**9  # so that only the first step refreshes
 #: A fine-tuning step may take this many of fused AdamW's, on a CPU at one thread.
 MOST = 1.02
 FINE_TUNING = "RoBERTa-base, r=8, 16 x 128"
+PRE_TRAINING = "LLaMA-60M, r=128, 8 x 256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ def _llama(**sizes: int) -> nn.Module:
 
 CASES = (
     Case(name=FINE_TUNING, make=_roberta, rank=8, batch=(16, 128)),
-    Case(name="LLaMA-60M, r=128, 8 x 256", make=_llama, rank=128, batch=(8, 256)),
+    Case(name=PRE_TRAINING, make=_llama, rank=128, batch=(8, 256)),
 )
 QUICK_CASES = (
     Case(
@@ -186,28 +187,12 @@ def _table(held: dict[str, Any]) -> Table:
 
 
 def _picture(report: Report) -> Figure:
-    """A panel a case: a whole training step in those of full-rank AdamW."""
-    panels = [
-        pictures.Panel(
-            title=held["name"],
-            bars=[
-                pictures.Bar(
-                    label=name,
-                    spread=Spread(**row["steps_of_full_rank"]),
-                    text=f"{milliseconds(row['median_s']['whole'])} ms",
-                    ours=name == OURS,
-                )
-                for name, row in held["optimizers"].items()
-            ],
-        )
-        for held in report.measurements
-    ]
-    return pictures.bar_panels(
-        panels,
+    return pictures.whole_steps(
+        report,
+        ways="optimizers",
+        is_ours=lambda name: name == OURS,
         title=f"Whole training step without a refresh, in steps of {FULL_RANK}",
-        footer=report,
         xlabel="AdamW's steps (log), p10-p90: shorter is faster",
-        columns=len(panels),
     )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers whose backward makes the low-rank gradient itself; the weight's full gradient is never computed.
+"""Layers whose backward makes the low-rank gradient itself; the weight's full gradient is never computed.
 
 For ``Y = X W^T`` with ``X (t, n)``, ``W (m, n)`` the gradient is ``G = dY^T X``, and its coordinates follow without it:
 right ``G Q = dY^T (X Q)``, left ``P^T G = (dY P)^T X``, both ``P^T G Q = (dY P)^T (X Q)``. That is ``2 t r (m + n)``
 operations instead of ``2 t m n``, and on the right only ``X Q (t, r)`` is kept for backward instead of ``X (t, n)``
-(related to CompAct, arXiv 2410.15352, which takes random bases).
+(related to CompAct, arXiv 2410.15352, which takes random bases). ``fused_functions.py`` computes it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from typing_extensions import override
 
-from lightning_galore import gemm
 from lightning_galore.bases import StoredBases
 from lightning_galore.coordinates import Coordinates
+from lightning_galore.fused_functions import ConvFunction, LinearFunction
 from lightning_galore.linalg import without_autocast
-from lightning_galore.storage import Int8Tensor
 
-_LEFT, _RIGHT = ("left", "full"), ("right", "full")  # sides on which there is such a basis
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FusedLinears]] = weakref.WeakKeyDictionary()
 
 
@@ -59,8 +56,13 @@ class FusedLinears:
         """The weights of the layers."""
         return {module.weight for module in self._installed if isinstance(module.weight, Tensor)}
 
+    @property
+    def bases(self) -> list[StoredBases]:
+        """Those that the layers multiply with, unit vectors that stand in among them."""
+        return [stored for stored, _ in self._leaves.values()]
+
     def install(self, model: nn.Module, params: Iterable[Tensor]) -> None:
-        """Let the ``nn.Linear`` modules that hold these weights report to the receiver, each once.
+        """Let the linear layers and convolutions that hold these weights report to the receiver, each once.
 
         Class, name, parameters, hooks and signature of a module stay as they are. A subclass with a ``forward`` of its
         own is left alone: nobody knows what it does with the weight.
@@ -71,8 +73,7 @@ class FusedLinears:
         """
         wanted = set(params)
         for module in model.modules():
-            plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-            if plain and module.weight in wanted and "forward" not in vars(module):
+            if _is_plain(module) and module.weight in wanted and "forward" not in vars(module):
                 # A bound method: a deep copy binds it to the copy, and pickling leaves it out.
                 module.forward = MethodType(forward, module)
                 _OWNERS[module] = weakref.ref(self)
@@ -86,10 +87,16 @@ class FusedLinears:
         self._installed.clear()
         self._leaves.clear()
 
-    def apply(self, module: nn.Linear, x: Tensor) -> Tensor | None:
-        """What the layer gives for ``x (..., n)``; None where its ordinary forward shall run."""
+    def apply(self, module: Any, x: Tensor) -> Tensor | None:
+        """What the layer gives for ``x``, for a linear one ``(..., n)``; None where its ordinary forward shall run."""
         receiver, weight = self._receiver(), module.weight
-        if receiver is None or not torch.is_grad_enabled() or not weight.requires_grad or not receiver.fuses(weight):
+        if receiver is None or not torch.is_grad_enabled() or not weight.requires_grad:
+            return None
+        linear = isinstance(module, nn.Linear)
+        if not linear and x.ndim != weight.ndim:  # no batch
+            return None
+        if not receiver.fuses(weight):
+            self._leaves.pop(weight, None)  # with bases that are about to be old
             return None
         dtype = weight.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -98,7 +105,11 @@ class FusedLinears:
         coordinates = receiver.coordinates(weight)
         with without_autocast(x.device):
             leaf = self._leaf(weight, coordinates)
-            output: Tensor = _Linear.apply(x, weight.detach(), module.bias, leaf, coordinates, dtype)
+            given = x, weight.detach(), module.bias, leaf, coordinates, dtype
+            if linear:
+                output: Tensor = LinearFunction.apply(*given)
+            else:
+                output = ConvFunction.apply(*given, (module.stride, module.padding, module.dilation))
         return output
 
     def _leaf(self, weight: Tensor, coordinates: Coordinates) -> Tensor:
@@ -133,74 +144,19 @@ class FusedLinears:
 
 
 @torch.compiler.disable  # which path is taken changes from step to step, and the graph would be compiled anew each time
-def forward(self: nn.Linear, input: Tensor) -> Tensor:  # nn.Linear's name of it
-    """What shadows ``nn.Linear.forward`` in a module. In a copy of the module, which nobody knows, it is just that."""
+def forward(self: Any, input: Tensor) -> Tensor:  # torch's name of it
+    """What shadows the ``forward`` of a module. In a copy of the module, which nobody knows, it is just that."""
     owner = _OWNERS.get(self)
     layers = owner() if owner is not None else None
     output = layers.apply(self, input) if layers is not None else None
-    return nn.Linear.forward(self, input) if output is None else output
+    return type(self).forward(self, input) if output is None else output
 
 
-class _Linear(torch.autograd.Function):
-    """``y = x W^T + b`` with a gradient for ``leaf``, in the low-rank coordinates of ``W``, and none for ``W``.
-
-    Bases that are kept as codes are decoded where they are needed, the right one in forward and the left one in
-    backward, and held in neither: else those of all layers would be there at once.
-    """
-
-    @staticmethod
-    @override
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (..., n)
-        weight: Tensor,  # (m, n)
-        bias: Tensor | None,
-        leaf: Tensor,  # low_shape
-        coordinates: Coordinates,
-        dtype: torch.dtype,  # of the weight as it is multiplied
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        kept = rows
-        if coordinates.projection.side in _RIGHT:
-            kept = _times(rows, coordinates.bases[-1])
-            coordinates.let_go()
-        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
-        ctx.coordinates = coordinates
-        ctx.low_dtype = leaf.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return nn.functional.linear(x, _dense(weight, dtype), None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @override
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        coordinates: Coordinates = ctx.coordinates
-        if coordinates.projection.side in _LEFT:  # the narrow factor stands first
-            low = gemm.product(kept.mT, _times(rows, coordinates.bases[0]).to(kept.dtype)).mT
-            coordinates.let_go()
-        else:
-            low = gemm.product(rows.to(kept.dtype).mT, kept)
-        return (
-            None if weight is None else grad @ _dense(weight, grad.dtype),
-            None,
-            rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
-            low.to(ctx.low_dtype).contiguous(),
-            None,
-            None,
-        )
-
-
-def _times(
-    rows: Tensor,  # (t, d)
-    basis: Tensor,  # (d, r)
-) -> Tensor:
-    """``rows @ basis`` in the wider dtype of the two where that is one of full precision, else in that of ``rows``."""
-    wide = torch.promote_types(rows.dtype, basis.dtype)
-    dtype = rows.dtype if rows.dtype in (torch.bfloat16, torch.float16) else wide
-    return gemm.product(rows.to(dtype), basis.to(dtype))
-
-
-def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.dequantize(dtype) if isinstance(weight, Int8Tensor) else weight.to(dtype)
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: a linear layer or convolution of one group, padded with zeros."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
+    if kind is None or type(module).forward is not kind.forward or isinstance(module.padding, str):
+        return False
+    return bool(module.groups == 1 and module.padding_mode == "zeros")

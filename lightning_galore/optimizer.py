@@ -181,7 +181,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
     def _fuse(self) -> None:
         model = self._model() if self._model is not None else None
         if self.config.fused_backward and model is not None:
-            self.fused.install(model, self.targets)
+            self.fused.install(model, [param for param, one in self.targets.items() if one.projection.side != "modes"])
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class Projector:
         self.listeners: list[Callable[[RefreshEvent], None]] = []
         self._places: dict[Target, tuple[int, int]] = {}
         self._shardings: dict[Tensor, Sharding | None] = {}
+        self._standing_in: dict[Tensor, Refresh] = {}
         self._budgeted: set[Tensor] = set()
 
     def reschedule(self, config: GaLoreConfig) -> None:
@@ -237,20 +238,41 @@ class Projector:
         )
 
     def is_fused(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the weight's next step wants no more than low-rank coordinates, of bases that it has."""
-        return self.state_of(param).has_bases and not self.waits(param, group)
+        """Whether the weight's next step wants no more than low-rank coordinates, of bases that are known before it."""
+        # Under a budget the rank of unit vectors depends on those of weights that backward reaches first.
+        known = self.state_of(param).has_bases or self.refresher.budget is None
+        return known and not self.waits(param, group)
 
     def coordinates(self, param: Tensor) -> Coordinates:
         """What the weight is projected with until its next refresh."""
-        state = self.state_of(param)
-        projection = state.projection
-        return Coordinates(projection, state.bases_of(projection), None, dtype=param.dtype)
+        refresh, state = self._stand_in(param), self.state_of(param)
+        if refresh is not None and refresh.bases is not None:
+            stored, projection = refresh.bases, state.projection.with_rank(refresh.bases.rank)
+        else:
+            projection = state.projection
+            stored = state.bases_of(projection)
+        return Coordinates(projection, stored, None, dtype=param.dtype)
 
     def prepare_low(self, param: Tensor, low: Tensor) -> LowGrad:
         """A low-rank gradient of which nobody has seen the full one."""
         target = self._targets[param]
-        accumulator = self._accumulator(low, target, self.state_of(param).step)
-        return LowGrad(low, target=target, coordinates=self.coordinates(param), refresh=None, accumulator=accumulator)
+        return LowGrad(
+            low,
+            target=target,
+            coordinates=self.coordinates(param),
+            refresh=self._stand_in(param),
+            accumulator=self._accumulator(low, target, self.state_of(param).step),
+        )
+
+    def _stand_in(self, param: Tensor) -> Refresh | None:
+        """Unit vectors of a weight without bases, the same ones until it has some; None afterwards."""
+        state = self.state_of(param)
+        if state.has_bases:
+            self._standing_in.pop(param, None)
+        elif param not in self._standing_in:
+            like = torch.empty((), dtype=param.dtype, device=param.device)
+            self._standing_in[param] = self.refresher.stand_in(like, self._targets[param], state)
+        return self._standing_in.get(param)
 
     def left_over(self, param: Tensor) -> Tensor | None:
         """What earlier steps have left for the next gradient ``(m, n)``; it is no part of that gradient's norm."""

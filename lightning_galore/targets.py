@@ -129,6 +129,7 @@ class Selector:
         self.ignored: set[Tensor] = set()
         self.heads: set[Tensor] = set()
         self.embeddings: set[Tensor] = set()
+        self.linear: set[Tensor] = set()
         self.named_embeddings: set[Tensor] = set()
         modules = [(clean_name(name), module) for name, module in model.named_modules()] if model is not None else []
         self.linear_names = [name for name, module in modules if isinstance(module, nn.Linear)]
@@ -141,8 +142,7 @@ class Selector:
             for local, param in module._parameters.items():
                 if param is not None:
                     self.names.setdefault(param, f"{name}.{local}".lstrip("."))
-            if isinstance(module, _EMBEDDINGS):
-                self.embeddings.update(own)
+            self._note_class(module, own)
             if module in output_modules or not HEAD_NAMES.isdisjoint(name.split(".")):
                 self.heads.update(own)
             if _matches(config.target_modules, name, module, "target_modules"):
@@ -164,6 +164,12 @@ class Selector:
             if all(isinstance(m, _EMBEDDINGS) for m, params in zip(hit, owned, strict=True) if params):
                 self.named_embeddings.update(found)
 
+    def _note_class(self, module: nn.Module, own: list[nn.Parameter]) -> None:
+        if isinstance(module, nn.Linear):
+            self.linear.update(own)
+        elif isinstance(module, _EMBEDDINGS):
+            self.embeddings.update(own)
+
     def select(self, param: Tensor, group: Mapping[str, Any], fallback_name: str) -> tuple[Target | None, str]:
         """The target of ``param``, or None and the reason.
 
@@ -178,6 +184,13 @@ class Selector:
             return None, reason
         name, config = self.names.get(param, fallback_name), self.config.for_group(group)
         projection, reason = projection_of(param, config, module=name.rpartition(".")[0], named=group.get("rank"))
+        if (
+            config.compress_activations
+            and param in self.linear
+            and projection is not None
+            and projection.side == "left"
+        ):
+            projection, reason = replace(projection, side="right"), "(on the right: compress_activations)"
         return None if projection is None else Target(name=name, projection=projection), reason
 
     def _reason(self, param: Tensor, group: Mapping[str, Any]) -> str:
@@ -237,7 +250,7 @@ def select_targets(
             target, reason = selector.select(param, group, fallback)
             if target:
                 targets[param] = target
-                reason = "" if param.requires_grad else "(frozen for now)"
+                reason = reason if param.requires_grad else f"{reason} (frozen for now)".lstrip()
             name = selector.names.get(param, fallback)
             rows.append(TargetRow(name=name, shape=tuple(param.shape), target=target, reason=reason))
     given = {param for group in param_groups for param in group["params"]}

@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"optimizer"}),
     frozenset({"admission", "backward", "fused", "stepping", "watch", "wrapper"}),
     frozenset({"projector", "proxies"}),
-    frozenset({"grad_norms"}),
+    frozenset({"fused_functions", "grad_norms"}),
     frozenset({"low_grad"}),
     frozenset({"agreement"}),
     frozenset({"memory", "refresh", "saved_state", "sharded_state"}),

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from benchmarks.convergence import build, variants
 from benchmarks.convergence.build import Task
 from benchmarks.convergence.variants import Variant
+from lightning_galore import GaLoreOptimizer
 from lightning_galore.storage import nbytes
 
 _TRAIN_POINTS = 40  # of the curve of the training loss
@@ -218,7 +220,7 @@ class _Training:
         if self._watch is not None:
             weights = self._trial.weights.items()
             self._watch(step, {name: weight.grad for name, weight in weights if weight.grad is not None})
-        nn.utils.clip_grad_norm_(self._trial.model.parameters(), self._plan.clip)
+        self._clip()
         before = time.process_time()
         for optimizer in self._optimizers:
             optimizer.step()
@@ -231,3 +233,12 @@ class _Training:
             self.curve.append((step + 1, sum(self._losses) / len(self._losses)))
             self._losses.clear()
         return math.isfinite(loss.item())
+
+    def _clip(self) -> None:
+        """By the global norm, or what each optimizer knows of it."""
+        waiting = [one for one in self._optimizers if isinstance(one, GaLoreOptimizer) and one.config.mode == "project"]
+        with ExitStack() as stack:
+            for optimizer in waiting:
+                stack.enter_context(optimizer.exposed())
+            shown = [p for one in self._optimizers for group in one.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(shown if waiting else self._trial.model.parameters(), self._plan.clip)

@@ -103,6 +103,8 @@ VARIANTS: dict[str, Variant] = {
     "rank-energy": _changed("rank by energy held", rank_rule="energy"),
     "rank-noise": _changed("rank by noise edge", rank_rule="noise_edge"),
     "default": _galore("the package's defaults"),
+    "fused": _galore("the defaults, fused layers", mode="project", fused_backward=True),
+    "compressed": _galore("the same, all on the right", mode="project", fused_backward=True, compress_activations=True),
     "8bit": _galore("as published, 8-bit moments", method="galore-8bit", moments_in_8bit=True),
     "int4": _galore("the defaults, bases in int4", basis_storage="int4"),
     "q-galore": _galore("int8 weights, int4 bases, 8-bit moments", method="q-galore", moments_in_8bit=True),

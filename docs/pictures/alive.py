@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_galore import GaLoreOptimizer
 from lightning_galore.planner import MemoryTracker
 
-WIDTH, LAYERS, RANK, ROWS = 512, 6, 8, 4
+WIDTH, LAYERS, RANK, ROWS = 1024, 6, 8, 4
 ONE = WIDTH * WIDTH * 4  # bytes of the gradient of a layer
 COLOURS = {"step": "#3f51b5", "project": "#f2a541", "layerwise": "#2e9e6b"}
 

@@ -133,3 +133,22 @@ def _check_modes(config: GaLoreConfig) -> None:
                     f"rank={rank} names a rank for each mode, which subspace={config.subspace!r} does not know; use "
                     "subspace='tucker', or one rank."
                 )
+
+
+def check_fused(config: GaLoreConfig) -> None:
+    """Refuse layers that make low-rank gradients themselves where somebody needs full ones, or the other side."""
+    if config.fused_backward and config.mode == "step":
+        raise ValueError(
+            "fused_backward=True with mode='step': that mode keeps full gradients, which would not be computed. "
+            "Use mode='project' or 'layerwise'."
+        )
+    if config.compress_activations and not config.fused_backward:
+        raise ValueError(
+            "compress_activations=True with fused_backward=False: whole gradients need whole inputs. Set "
+            "fused_backward=True (mode='project' or 'layerwise')."
+        )
+    if config.compress_activations and config.proj_type in ("left", "reverse_std"):
+        raise ValueError(
+            f"compress_activations=True with proj_type={config.proj_type!r}: gradients that are projected on the left "
+            "need whole inputs. Use proj_type='std' (then 'right' for every nn.Linear), 'right' or 'full'."
+        )

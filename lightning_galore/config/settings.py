@@ -41,7 +41,7 @@ from lightning_galore.config.presets import (
     TransformName,
     WeightStorage,
 )
-from lightning_galore.config.ranges import check_numbers, check_resets, check_schedule, check_subspace
+from lightning_galore.config.ranges import check_fused, check_numbers, check_resets, check_schedule, check_subspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +153,12 @@ class GaLoreConfig:
         stochastic_round: Round weights that are kept in int8 or bf16 up or down at random, so that they are right in
             the mean and an update smaller than a rounding error is not lost. None is what ``method`` says, else True
             for int8 weights and False for others.
-        fused_backward: Let ``nn.Linear`` modules compute low-rank gradients directly between refreshes, in modes
-            ``project`` and ``layerwise``: the full gradient is never formed, and on the right side only ``X Q`` is kept
-            of the input. Same gradients up to the order of sums; their full norm is not known then.
+        fused_backward: Let ``nn.Linear`` modules and convolutions compute low-rank gradients directly between
+            refreshes, in modes ``project`` and ``layerwise``: the full gradient is never formed, and on the right only
+            ``X Q`` is kept of the input. Same gradients up to the order of sums; their full norm is not known then.
+        compress_activations: With ``fused_backward``, project every weight of an ``nn.Linear`` so that only ``X Q`` is
+            kept of its input: with ``proj_type="std"`` wide weights too are projected on the right then, which is
+            another subspace, and the table of targets says so.
         clip_weight_norm: Clip the gradient of each parameter by itself to this norm, in every mode. Clipping by the
             global norm is the Trainer's ``gradient_clip_val``, which ``mode="layerwise"`` cannot honour.
         fix_signs: Fix the arbitrary signs of singular vectors, so that runs repeat across machines. ``False`` keeps
@@ -217,6 +220,7 @@ class GaLoreConfig:
     accumulator_storage: AccumulatorStorage = "param"
     stochastic_round: bool | None = None
     fused_backward: bool = False
+    compress_activations: bool = False
     clip_weight_norm: float | None = None
     fix_signs: bool = True
     dense_lr_factor: float = 1.0
@@ -234,17 +238,13 @@ class GaLoreConfig:
         object.__setattr__(self, "rank", as_rank("rank", self.rank))
         object.__setattr__(self, "rank_pattern", as_rank_pattern("rank_pattern", self.rank_pattern))
         check_numbers(self)
-        if self.fused_backward and self.mode == "step":
-            raise ValueError(
-                "fused_backward=True with mode='step': that mode keeps full gradients, which would not be computed. "
-                "Use mode='project' or 'layerwise'."
-            )
+        check_fused(self)
         check_schedule(self)
         check_subspace(self)
         check_resets(self)
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
-        for name in ("fix_signs", "fused_backward", "stagger", "stochastic_round"):
+        for name in ("compress_activations", "fix_signs", "fused_backward", "stagger", "stochastic_round"):
             check_bool(name, getattr(self, name))
         target = self.target_modules
         if not isinstance(target, str):

@@ -28,6 +28,7 @@ class Candidate:
         mode: When gradients are projected and weights move; ``step`` for what is not wrapped.
         method: The preset, for low-rank gradients.
         rank: Its only rank; None for the user's.
+        fused: Whether linear layers make low-rank gradients themselves, and keep their inputs whole or low-rank.
         trades: What it costs against ordinary training, in words.
     """
 
@@ -38,6 +39,7 @@ class Candidate:
     mode: Mode = "step"
     method: Method | None = None
     rank: int | None = None
+    fused: Literal["no", "whole", "low-rank"] = "no"
     trades: str = ""
 
     def recipe(self, config: GaLoreConfig, base: str | None = None) -> Recipe:
@@ -56,9 +58,14 @@ class Candidate:
 
     def settings(self, config: GaLoreConfig) -> GaLoreConfig:
         """The settings with the candidate's own."""
-        # A preset of few bits has columns of its own.
+        # A preset of few bits has columns of its own, and so have fused layers.
         own = None if config.method in _8BIT_METHODS else config.method
-        settings = config.with_settings(mode=self.mode, method=self.method or own)
+        settings = config.with_settings(
+            mode=self.mode,
+            method=self.method or own,
+            fused_backward=self.fused != "no",
+            compress_activations=self.fused == "low-rank",
+        )
         return settings if self.rank is None else settings.with_settings(rank=self.rank)
 
 
@@ -69,6 +76,7 @@ def _build(name: str, params: list[nn.Parameter]) -> Optimizer:
 _8BIT_METHODS = ("galore-8bit", "q-galore")
 _LAYERWISE = "weights move in backward: no clipping by the global norm, no GradScaler"
 _8BIT = "moments in 8 bits"
+_FUSED = "the norm of the full gradients is not known to clipping"
 
 #: In the order in which they depart from ordinary training.
 CANDIDATES: tuple[Candidate, ...] = (
@@ -92,6 +100,24 @@ CANDIDATES: tuple[Candidate, ...] = (
         base="adamwfused",
         mode="layerwise",
         trades=f"gradients of rank {{rank}}; {_LAYERWISE}",
+    ),
+    Candidate(
+        name="galore-fused",
+        label="GaLore fused",
+        kind="galore",
+        base="adamwfused",
+        mode="project",
+        fused="whole",
+        trades=f"gradients of rank {{rank}}; {_FUSED}",
+    ),
+    Candidate(
+        name="galore-compressed",
+        label="GaLore fused, compressed",
+        kind="galore",
+        base="adamwfused",
+        mode="project",
+        fused="low-rank",
+        trades=f"gradients of rank {{rank}}, of wide weights too on the right: another subspace; {_FUSED}",
     ),
     Candidate(
         name="galore-8bit",

@@ -39,7 +39,8 @@ class PlanOptions:
             ``bf16-true``.
         checkpointing: Recompute activations in backward. By default both are shown.
         candidates: Which ways to train, by name: ``adamw``, ``adamw-8bit``, ``galore-step``, ``galore-project``,
-            ``galore-layerwise``, ``galore-8bit``, ``q-galore``, ``lora``. All by default.
+            ``galore-layerwise``, ``galore-fused``, ``galore-compressed``, ``galore-8bit``, ``q-galore``, ``lora``, ...
+            All by default.
         optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU).
         proj_type: Which side is projected.
         target_modules: Which weights are projected.

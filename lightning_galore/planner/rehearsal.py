@@ -105,9 +105,10 @@ def refresh_workspace(job: Job, recipe: Recipe) -> int:
         largest = max(targets, key=lambda param: param.numel() * targets[param].projection.rank)
         m, n = largest.shape
         alone = nn.ModuleDict({"largest": nn.Linear(n, m, bias=False, device="meta", dtype=largest.dtype)})
+        projection = targets[largest].projection
         config = recipe.config.with_settings(
-            mode="step", target_modules="all-linear", ignore_modules=(), rank=targets[largest].projection.rank,
-            rank_pattern=(), stagger=False,
+            mode="step", target_modules="all-linear", ignore_modules=(), rank=projection.rank, rank_pattern=(),
+            stagger=False, fused_backward=False, compress_activations=False, proj_type=projection.side,
         )  # fmt: skip
         one = Job(name="largest", module=alone, batch=torch.empty(1, n, dtype=largest.dtype), step=_sum_of_largest)
         return _Rehearsal(one, replace(recipe, config=config), checkpointing=False).run().workspace
@@ -210,6 +211,7 @@ class _Rehearsal:
         tracker.hold(_tensors(batch), "activations")
         with self._job.autocast():
             loss = loss_in(self._job.step(self._module, batch))
+        self._watcher.name_stand_ins()
         alive = tracker.live["activations"]
         if first and self._job.loop == "lightning":
             self._optimizer.zero_grad()

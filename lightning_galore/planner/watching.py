@@ -92,6 +92,12 @@ class Watcher:
                     category: Category = "bases" if str(key).startswith(state_keys.BASIS) else "moments"
                     self._tracker.hold(value, category)
 
+    def name_stand_ins(self) -> None:
+        """Count bases that a forward pass has made, for weights without any, as such."""
+        for optimizer in self._optimizers:
+            for bases in optimizer.fused.bases if isinstance(optimizer, GaLoreOptimizer) else ():
+                self._tracker.hold([(part.codes, part.absmax) for part in bases.parts], "bases")
+
     def where(self, moment: Moment) -> str:
         """What ran at a moment, in words."""
         if moment.phase == "forward":

@@ -124,7 +124,8 @@ class BackwardModes(Strategy):
                 raise RuntimeError(
                     'mode="layerwise" moves weights in backward, so no graph made before may go backward after it. Run '
                     "the forward of each backward after the backward before it, mark all but the last backward of a "
-                    'step with accumulate(), or use mode="project".'
+                    'step with accumulate(), or use mode="project". (With fused_backward=True neither may a weight be '
+                    "used outside its nn.Linear too.)"
                 ) from error
             raise
 

@@ -112,6 +112,7 @@ class GaLoreStrategy(BackwardModes):
         accumulator_storage: How low-rank gradients wait for the next micro-batch: param, fp32, bf16 or int8.
         stochastic_round: Round int8 and bf16 weights up or down at random, right in the mean.
         fused_backward: Compute low-rank gradients in the backward of nn.Linear, never full ones (project, layerwise).
+        compress_activations: With it, keep only low-rank inputs for backward, all projected on the right.
         clip_weight_norm: Clip the gradient of each parameter by itself to this norm.
         fix_signs: Fix the arbitrary signs of singular vectors.
         dense_lr_factor: Factor on the learning rate of the weights that are not projected.
@@ -179,6 +180,7 @@ class GaLoreStrategy(BackwardModes):
         accumulator_storage: AccumulatorStorage = "param",
         stochastic_round: bool | None = None,
         fused_backward: bool = False,
+        compress_activations: bool = False,
         clip_weight_norm: float | None = None,
         fix_signs: bool = True,
         dense_lr_factor: float = 1.0,

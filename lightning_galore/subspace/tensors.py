@@ -51,6 +51,21 @@ class FoldedProjection(Projection):
             return tensor
         return tensor.permute(0, *self.order).reshape(self.shape)  # a view wherever there is one
 
+    def unfold_rows(
+        self,
+        tensor: Tensor,  # (k, d_2, ..., d_N)
+    ) -> Tensor:
+        """Any number of rows ``(k, n)``, with their columns in the order of the matrix."""
+        return tensor.permute(0, *self.order).reshape(tensor.shape[0], self.shape[1])
+
+    def fold(
+        self,
+        rows: Tensor,  # (k, n)
+    ) -> Tensor:
+        """The opposite of :meth:`unfold_rows`, ``(k, d_2, ..., d_N)``."""
+        folded = rows.reshape(rows.shape[0], *(self.sizes[k] for k in self.order))
+        return folded.permute(0, *(self.order.index(k) + 1 for k in range(1, len(self.sizes))))
+
     @override
     def fold_back(self, weight: Tensor, unfolded: Tensor) -> None:
         if unfolded.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():

@@ -23,6 +23,14 @@ def test_less_is_kept_where_layers_are_fused() -> None:
     report, picture = fused.measure(Options(quick=True))
     (held,) = report.measurements
     kept = {name: row["kept_bytes"] for name, row in held["ways"].items()}
-    assert kept[fused.FUSED_RIGHT] < kept[fused.FUSED] < kept[fused.ORDINARY] == kept[FULL_RANK]
+    assert kept[fused.COMPRESSED] < kept[fused.FUSED] < kept[fused.ORDINARY] == kept[FULL_RANK]
     assert held["name"] == QUICK_CASES[0].name
+    assert picture.axes
+
+
+def test_convolutions_are_timed_both_ways() -> None:
+    report, picture = fused.measure_convolutions(Options(quick=True))
+    (held,) = report.measurements
+    assert held["ways"].keys() == fused.CONVOLUTION_WAYS.keys()
+    assert held["ways"][fused.UNFUSED]["steps_of_full_rank"]["median"] == 1
     assert picture.axes

@@ -174,6 +174,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[], LightningM
         Tiny,
         r"basis_placement='shard' with basis_storage='int8'.*keep the basis in bf16",
     ),
+    "fused layers": (
+        {"fused_backward": True, "mode": "project"},
+        {},
+        Tiny,
+        r"fused_backward=True with sharded weights.*Set fused_backward=False, or use GaLoreDDPStrategy",
+    ),
     "adafactor": (
         {},
         {},

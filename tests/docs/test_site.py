@@ -69,10 +69,11 @@ def test_mathematics_is_drawn_and_roles_are_links(site: Path) -> None:
 
 
 def test_the_api_has_every_public_name(site: Path) -> None:
-    import lightning_galore
+    from lightning_galore import __all__ as names
+    from lightning_galore.tasks import __all__ as tasks
 
     page = (site / "api.html").read_text("utf8")
-    for name in set(lightning_galore.__all__) - {"__version__"}:
+    for name in {*names, *(f"tasks.{task}" for task in tasks)} - {"__version__"}:
         assert f'id="lightning_galore.{name}"' in page, name
 
 
@@ -87,7 +88,7 @@ def test_the_api_has_every_public_name(site: Path) -> None:
 def test_a_broken_link_ends_the_build(line: str, message: str, tmp_path: Path) -> None:
     copy = tmp_path / "clone"
     copy.mkdir()
-    for name in ("docs", "benchmarks", "recipes", "lightning_galore"):
+    for name in ("docs", "benchmarks", "examples", "recipes", "lightning_galore"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.json"))
     for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
         shutil.copy(ROOT / name, copy / name)

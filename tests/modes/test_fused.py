@@ -103,7 +103,7 @@ def difference(mode: str, **settings: Any) -> float:
     ids=str,
 )
 def test_weights_are_those_of_the_ordinary_path(mode: str, accumulate: int, settings: dict[str, Any]) -> None:
-    assert difference(mode, accumulate=accumulate, **settings) <= 1e-10
+    assert difference(mode, accumulate=accumulate, **settings) <= 1e-12
 
 
 DRAWN = {"subspace": "random_orthonormal", "moments": "keep"}
@@ -114,7 +114,7 @@ DRAWN = {"subspace": "random_orthonormal", "moments": "keep"}
 @pytest.mark.parametrize("kept", ["param", "bf16", "int8", "int4", "seed"])
 def test_however_bases_are_kept(kept: str, proj_type: str, mode: str) -> None:
     settings: dict[str, Any] = {"basis_storage": kept, "proj_type": proj_type, "steps": 25}
-    assert difference(mode, **settings, **(DRAWN if kept == "seed" else {})) <= 1e-10
+    assert difference(mode, **settings, **(DRAWN if kept == "seed" else {})) <= 1e-12
 
 
 @pytest.mark.parametrize("subspace", ["svd", "random_orthonormal", "gaussian"])

@@ -20,10 +20,10 @@ FP16 = 1e-4  # the same where the forward rounds to fp16, and now and then to th
 OVERFLOWS = (0, 4, 9, 10)  # the very first batch, and one in which a refresh is due
 
 
-def plain_loop(mode: str, *, clip: float | None = None) -> tuple[Tiny, GaLoreOptimizer, list[float]]:
+def plain_loop(mode: str, *, clip: float | None = None, **settings: Any) -> tuple[Tiny, GaLoreOptimizer, list[float]]:
     """What torch's AMP examples show; in mode "project" the scaler must be shown the low-rank gradients."""
     model = Tiny()
-    optimizer = GaLoreOptimizer(adamw(model), model, **{**SETTINGS, "mode": mode})
+    optimizer = GaLoreOptimizer(adamw(model), model, **{**SETTINGS, "mode": mode, **settings})
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=6)
     scales = []
     for i, batch in enumerate(batches(4)):

@@ -43,6 +43,30 @@ def test_peaks(kind: str, rows: int, length: int, name: str) -> None:
     assert_peaks(job(kind, rows, length), recipe(name))
 
 
+@pytest.mark.parametrize("name", ["galore-fused", "galore-compressed"])
+@pytest.mark.parametrize("kind", ["llama", "encoder"])
+def test_peaks_of_fused_layers(kind: str, name: str) -> None:
+    assert_peaks(job(kind, 8, 64), recipe(name))
+
+
+def test_peaks_of_fused_layers_that_begin_with_unit_vectors() -> None:
+    """The first step is that of the schedule; of later ones only the fullest is rehearsed."""
+    one, how = job("llama", 8, 64), recipe("galore-compressed", stagger=True)
+    real, _ = trained(one, how)
+    found = rehearse(one, how)
+    assert found.peaks["first"].total == pytest.approx(real[0], rel=TOLERANCE)
+    assert found.peak.total == pytest.approx(max(real), rel=TOLERANCE)
+
+
+def test_what_fused_layers_keep() -> None:
+    one, kept = job("encoder", 8, 64), {}
+    for name in ("galore-project", "galore-fused", "galore-compressed"):
+        found = rehearse(one, recipe(name, stagger=True, update_proj_gap=1000, refresh_share=0.01, rank=2))
+        kept[name] = found.activations
+        assert found.footprint.bases > 0
+    assert kept["galore-compressed"] < kept["galore-fused"] < kept["galore-project"]
+
+
 @pytest.mark.parametrize("name", ["adamw-8bit", *FEW_BITS])
 @pytest.mark.parametrize("kind", ["llama", "encoder"])
 def test_peaks_of_few_bits(kind: str, name: str) -> None:

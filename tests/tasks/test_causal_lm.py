@@ -208,5 +208,5 @@ def test_tokens_beyond_the_embeddings_are_refused(tmp_path: Path, bpe: str) -> N
 def test_a_run_without_end_is_refused(tmp_path: Path, bpe: str) -> None:
     files = write_jsonl(tmp_path / "a.jsonl", sentences()[:100])
     data = CausalLMDataModule(files=files, tokenizer_name=bpe, block_size=8)
-    with pytest.raises(ValueError, match="CausalLMModule with lr_scheduler='cosine' and warmup_ratio=0.1 needs the length"):
+    with pytest.raises(ValueError, match="CausalLMModule with lr_scheduler=.cosine. .* needs the length of the run"):
         Trainer(**QUIET, max_epochs=-1, default_root_dir=tmp_path).fit(module(), data)
