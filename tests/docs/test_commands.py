@@ -160,7 +160,7 @@ def run_training(words: list[str], place: Path, tiny: str) -> None:
     given = [f"{key}={value}" for key, value in replaced.items()]
     if "--ckpt_path" in words:
         saved = [*words[: words.index("--ckpt_path")], *given, "--trainer.fast_dev_run=false", "--trainer.max_steps=1"]
-        logs = ["--trainer.logger=false", "--trainer.limit_val_batches=0"]
+        logs = ["--trainer.logger=false", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1"]
         assert main(["fit", *saved[2:], *logs]) == 0
         next((place / "checkpoints").glob("*.ckpt")).rename(place / words[words.index("--ckpt_path") + 1])
     assert main([*words[1:], *given]) == 0
