@@ -76,7 +76,7 @@ def test_llama_recipe_trains_one_step(name: str, bpe: str, text: str, tmp_path: 
         "--data.batch_size=2",
         f"--model.config={json.dumps(shape)}",
     ]
-    cli = fitted(f"llama/{name}", *given, *small)
+    cli = fitted(f"llama/{name}", *QUICK, *given, *small)
     optimizer = cli.trainer.optimizers[0]
     assert isinstance(optimizer, GaLoreOptimizer)
     assert len(optimizer.targets) == 7

@@ -14,8 +14,8 @@ from lightning_galore.tasks.glue_tasks import TASKS
 from tests.tasks.tiny import build_tiny_model, write_pairs
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Others have tests of their own: tests/tasks/test_gan.py, test_lora.py, tests/test_llama_recipes.py.
-ELSEWHERE = ("gan", "lora", "instruct", *(f"llama/{path.stem}" for path in (RECIPES / "llama").glob("*.yaml")))
+# Others have tests of their own: tests/tasks/test_gan.py, test_lora.py, test_shapes.py, tests/test_llama_recipes.py.
+ELSEWHERE = ("gan", "lora", "conv", "instruct", *(f"llama/{path.stem}" for path in (RECIPES / "llama").glob("*.yaml")))
 ALL = sorted(
     path for path in RECIPES.rglob("*.yaml") if path.relative_to(RECIPES).with_suffix("").as_posix() not in ELSEWHERE
 )
