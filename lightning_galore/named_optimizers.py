@@ -142,7 +142,7 @@ def _class_of(name: str) -> type[Optimizer] | None:
         except AttributeError:
             found = None
         if not (isinstance(found, type) and issubclass(found, Optimizer)):
-            raise ValueError(f"optimizer={name!r} is not the path of an optimizer's class.")
+            raise ValueError(f"optimizer={name!r} is not known: it is not the path of an optimizer's class.")
         return found
     classes = [cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, Optimizer)]
     return next((cls for cls in classes if cls is not Optimizer and cls.__name__.lower() == name.lower()), None)

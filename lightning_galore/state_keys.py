@@ -142,6 +142,11 @@ class WeightState:
         """What the lift keeps, by its own names."""
         return {key.removeprefix(LIFT): value for key, value in self._state.items() if key.startswith(LIFT)}
 
+    @property
+    def transform_entries(self) -> dict[str, Tensor]:
+        """What a transform remembers, by its own names."""
+        return transform_entries(self._state)
+
     def keep_lift_entries(self, entries: Mapping[str, Tensor]) -> None:
         """Write what the lift keeps."""
         self._state.update({LIFT + name: value for name, value in entries.items()})

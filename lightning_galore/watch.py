@@ -35,7 +35,7 @@ class SubspaceStatus:
         overlap: Of the last two bases in [0, 1], None before the second refresh; ``drift`` is 1 minus it.
         energy_at_refresh: Share of the gradient's energy that the basis held of the gradient it was found from.
         energy: The same of the last gradient that was measured, 0-D on the weight's device.
-        state_bytes: Bytes of its low-rank state, basis and moments.
+        state_bytes: Bytes of its low-rank state: basis, moments, and what a lift and a transform keep.
         bytes_saved: What its moments would take at full rank, less ``state_bytes``; 0 before the first step.
     """
 
@@ -73,7 +73,8 @@ def statuses(
     found = []
     for param, group in groups.items():
         target, state, record = targets[param], projector.state_of(param), projector.record_of(param, group)
-        low = storage.nbytes([state.own, state.lift_entries]) + (state.bases.nbytes if state.has_bases else 0)
+        low = storage.nbytes([state.own, state.lift_entries, state.transform_entries])
+        low += state.bases.nbytes if state.has_bases else 0
         full = memory.full_rank_bytes(state.own, state.projection)
         found.append(
             SubspaceStatus(

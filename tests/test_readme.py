@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README shows works: its Python is run, its commands are known to the programs that they call."""
+"""What the README shows works: its Python is run. tests/docs/test_commands.py runs its commands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader
-
-from lightning_galore.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf8")
@@ -47,26 +45,6 @@ def test_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_there_is_something_to_check() -> None:
     assert len(blocks("python")) == 2
     assert {command[0] for command in commands()} >= {"make", "lightning-galore", "pip"}
-
-
-def test_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text("utf8")
-    for command in commands():
-        if command[0] == "make":
-            assert re.search(rf"^{command[1]}:", makefile, flags=re.MULTILINE), command
-
-
-@pytest.mark.parametrize("command", [c for c in commands() if c[0] == "lightning-galore"], ids=" ".join)
-def test_commands_parse(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    assert all(Path(word).exists() for word in command if word.startswith("recipes/"))
-    dry = ["--help"] if command[1] in ("convert", "export", "plan", "report") else ["--print_config"]
-    with pytest.raises(SystemExit) as end:
-        main([*command[1:], *dry])
-    assert end.value.code == 0
-    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))

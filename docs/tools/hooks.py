@@ -32,7 +32,7 @@ PAGES = {
     "recipes/README.md": "recipes.md",
 }
 TEXTS = (".md", ".ipynb")
-_LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)\s#:]+)(#[\w-]+)?\)")
+_LINK = re.compile(r"(!?)\[((?:[^\]\n]|\n(?!\n))*)\]\(([^)\s#:]+)(#[\w-]+)?\)")
 _CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", flags=re.DOTALL | re.MULTILINE)
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 _TEST = re.compile(r"<code>[\w/.:]*test_[\w.:]*</code>")  # long names in narrow cells
@@ -115,7 +115,7 @@ def _in_repository(page: str, link: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links between files of the repository into links of the site; of what is not on it only the words stay."""
+    """Turn links between files of the repository into links of the site; of what is not on it the path is told."""
     here = page.file.src_uri
     code = [match.span() for match in _CODE.finditer(markdown)]
 
@@ -130,7 +130,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         else:
             place = re.sub(r"\.ipynb$", ".md", target.removeprefix("docs/"))
         if files.get_file_from_path(place) is None:
-            return match[2] if "`" in match[2] else f"`{match[2]}`"
+            return f"`{target}`" if match[2].strip("`") == target else f"{match[2]} (`{target}`)"
         return f"{match[1]}[{match[2]}]({posixpath.relpath(place, posixpath.dirname(here) or '.')}{match[4] or ''})"
 
     return _LINK.sub(moved, markdown)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from lightning_galore import __version__
 from lightning_galore.cli.commands import COMMANDS
 from lightning_galore.cli.completion import print_script
-from lightning_galore.cli.exits import MISTAKE, TRACEBACK_FLAG, TRACEBACK_VARIABLE, exit_status
+from lightning_galore.cli.exits import MISTAKE, PROG, TRACEBACK_FLAG, TRACEBACK_VARIABLE, exit_status
 from lightning_galore.cli.mistakes import close_to
-from lightning_galore.cli.trainer import PROG, TRAINER_COMMANDS, GaLoreCLI
+from lightning_galore.cli.trainer import TRAINER_COMMANDS, GaLoreCLI
 
 __all__ = ["PROG", "GaLoreCLI", "exit_status", "main"]
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import AdamW
 
 from lightning_galore import GaLoreConfig, GaLoreOptimizer, GaLoreStrategy
+from lightning_galore.cli.exits import PROG
 from lightning_galore.cli.parsers import Parser, first_line, without_marks
-from lightning_galore.cli.trainer import PROG, GaLoreCLI, ParsedOnly
+from lightning_galore.cli.trainer import GaLoreCLI, ParsedOnly
 
 if TYPE_CHECKING:
     from lightning_galore.planner import Job

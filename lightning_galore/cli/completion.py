@@ -24,9 +24,10 @@ from typing_extensions import override
 
 from lightning_galore import GaLoreStrategy
 from lightning_galore.cli.commands import COMMANDS, function_parsers
+from lightning_galore.cli.exits import PROG
 from lightning_galore.cli.mistakes import subclasses
 from lightning_galore.cli.parsers import Parser
-from lightning_galore.cli.trainer import PROG, TRAINER_COMMANDS, GaLoreCLI
+from lightning_galore.cli.trainer import TRAINER_COMMANDS, GaLoreCLI
 
 _SHELLS = ("bash", "zsh", "tcsh")
 _FILES = ("config", "ckpt_path", "source", "target", "picture")

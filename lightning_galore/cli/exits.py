@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 #: Exit statuses.
 DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
+PROG = "lightning-galore"
 TRACEBACK_FLAG = "--traceback"
 TRACEBACK_VARIABLE = "LIGHTNING_GALORE_TRACEBACK"
 _asked: ContextVar[bool] = ContextVar("_asked", default=False)
@@ -75,16 +76,12 @@ def _run(run: Callable[[], int], prog: str) -> int:
             traceback.print_exc()
             sys.stderr.write(f"{prog}: failed{_remedy(error)}\n")
             return FAILED
-        if _asked_for_traceback():
+        if with_traceback():
             traceback.print_exc()
         else:
-            sys.stderr.write(
-                f"{prog}: error: {own_message(error)}\n(add {TRACEBACK_FLAG} to see where it was raised)\n"
-            )
+            shows = TRACEBACK_FLAG if prog == PROG else f"{TRACEBACK_VARIABLE}=1"
+            sys.stderr.write(f"{prog}: error: {own_message(error)}\n({shows} shows where it was raised)\n")
         return MISTAKE
-
-
-_asked_for_traceback = with_traceback  # the argument of exit_status has that name too
 
 
 def _is_mistake(error: BaseException) -> bool:

@@ -16,10 +16,10 @@ from typing_extensions import override
 import lightning_galore.tasks  # noqa: F401
 from lightning_galore import __version__
 from lightning_galore.cli import exits
+from lightning_galore.cli.exits import PROG
 from lightning_galore.cli.mistakes import close_to, subclasses
 from lightning_galore.cli.parsers import Parser
 
-PROG = "lightning-galore"
 TRAINER_COMMANDS = {
     "fit": "train a model (-c recipe.yaml, or class paths and options)",
     "validate": "score a model on the validation data",

@@ -153,9 +153,9 @@ class GaLoreConfig:
         stochastic_round: Round weights that are kept in int8 or bf16 up or down at random, so that they are right in
             the mean and an update smaller than a rounding error is not lost. None is what ``method`` says, else True
             for int8 weights and False for others.
-        fused_backward: Let ``nn.Linear`` modules compute low-rank gradients directly between refreshes, in modes
-            ``project`` and ``layerwise``: the full gradient is never formed, and on the right side only ``X Q`` is kept
-            of the input. Same gradients up to the order of sums; their full norm is not known then.
+        fused_backward: Let ``nn.Linear`` modules and convolutions compute low-rank gradients directly between
+            refreshes, in modes ``project`` and ``layerwise``: the full gradient is never formed, and on the right only
+            ``X Q`` is kept of the input. Same gradients up to the order of sums; their full norm is not known then.
         compress_activations: With ``fused_backward``, project every weight of an ``nn.Linear`` so that only ``X Q`` is
             kept of its input: with ``proj_type="std"`` wide weights too are projected on the right then, which is
             another subspace, and the table of targets says so.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from benchmarks import presets
+from benchmarks import choosing, presets
 from benchmarks.convergence import __main__ as command
 from benchmarks.convergence import glue
 from benchmarks.convergence.model import matrices
@@ -25,6 +25,7 @@ from benchmarks.options import Options
 from lightning_galore.config import AUTO, METHODS
 from tests.tasks.tiny import build_tiny_model, write_pairs
 
+ROOT = Path(__file__).parents[2]
 #: What a run of some hundred steps must say otherwise than a preset.
 SCALED = {"update_proj_gap", "random_after", "reset_gap", "reset_warmup", "head_size"}
 
@@ -203,6 +204,48 @@ def test_steps_of_presets_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> No
         for weight in optimizer.targets:
             assert optimizer.state[weight]["galore_step"] == steps
             assert optimizer.state[weight]["galore_refreshes"] == refreshes
+
+
+def test_the_page_has_the_table_of_the_committed_results() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    table = choosing.of_results()
+    assert table in page
+    assert all(f"| `{name}` |" in table for name in METHODS if name in PRESETS)
+    other = table.replace("| AdamW, full rank |", "| something |")
+    assert other != table
+    assert choosing.written(choosing.written(page, other), table) == page
+    with pytest.raises(ValueError, match="page has 0 tables"):
+        choosing.written("", table)
+
+
+def test_a_table_is_computed_from_reports(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"deviation": 0.2, "difference": None, "error": None, "lr": 1e-3, "lr_at_edge": False}
+    language = {
+        "measurements": [
+            {**row, "variant": "galore", "mean": 1.0, "losses": dict.fromkeys("1234", 1.0), "state_bytes": 30,
+             "difference": -0.5, "error": 0.01, "lr_at_edge": True},
+            {**row, "variant": "adamw", "mean": 1.5, "losses": {"1": 1.5}, "deviation": None, "state_bytes": 120},
+        ]
+    }  # fmt: skip
+    times = {"ordinary": {"median": 3.0}, "amortised": {"median": 4.5}}
+    steps = {"measurements": [{"rank": 8, "presets": {"galore": {"times_adamw": times}}}]}
+    told = choosing.table(language, steps).splitlines()
+    assert told[2] == "| `galore` | 1.000 ± 0.100 | -0.500 ± 0.010 | 4 | 0.001* | 0.25 | 3.0 (4.5) |"
+    assert told[3] == "| AdamW, full rank | 1.500 | - | 1 | 0.001 | 1.00 | - |"
+    tuned = {"variant": "galore", "score": 0.75, "score_error": 0.02, "scores": {"1": 0.7, "2": 0.8}, "lr": 2.0}
+    fine = {"settings": {"text": {"name": "sst2"}}, "measurements": [{**tuned, "lr_at_edge": False}]}
+    told = choosing.table(language, steps, fine).splitlines()
+    assert told[2].endswith("| 3.0 (4.5) | 0.750 ± 0.020 | - | 2 | 2 |")
+    assert told[3].endswith("| - | - | - | 0 | - |")
+
+
+def test_a_report_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no report 'presets'; run the benchmark"):
+        choosing.of_results(tmp_path)
+    for day in ("2020-01-02", "2020-01-01"):
+        (tmp_path / f"{day}-presets.json").write_text(json.dumps({"day": day}))
+    (tmp_path / "2020-01-03-presets-sst2.json").write_text("{}")
+    assert choosing.newest("presets", tmp_path) == {"day": "2020-01-02"}
 
 
 def test_matrices_leave_heads_out(tiny: Path) -> None:

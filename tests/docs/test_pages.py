@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guides show works: their Python is run in order, their commands are known, their pictures are drawn anew."""
+"""What the guides show works: their Python is run in order, their pictures are drawn anew."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from lightning_galore.cli import main
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -39,13 +36,6 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf8"), flags=re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[list[str]]:
-    pages = sorted({*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")})
-    lines = [line for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
-    words = [shlex.split(line.split("#")[0]) for line in lines if line.startswith("lightning-galore ")]
-    return [list(command) for command in sorted({tuple(command) for command in words})]
-
-
 @pytest.mark.parametrize("name", GUIDES)
 @pytest.mark.filterwarnings("ignore")
 def test_python_runs(
@@ -67,19 +57,6 @@ def test_python_runs(
         assert "step 0: body.weight has rank" in capsys.readouterr().out
     if name == "resuming":
         assert scope["trainer"].global_step == 16
-
-
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_parse(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    assert all(Path(word).exists() for word in command if word.startswith("recipes/"))
-    dry = ["--print_config"] if command[1] in ("fit", "validate", "test", "predict", "targets") else ["--help"]
-    with pytest.raises(SystemExit) as end:
-        main([*command[1:], *dry])
-    assert end.value.code == 0
-    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", sorted((DOCS / "pictures").glob("*.py")), ids=lambda path: path.stem)

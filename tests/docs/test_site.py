@@ -88,7 +88,7 @@ def test_the_api_has_every_public_name(site: Path) -> None:
 def test_a_broken_link_ends_the_build(line: str, message: str, tmp_path: Path) -> None:
     copy = tmp_path / "clone"
     copy.mkdir()
-    for name in ("docs", "benchmarks", "recipes", "lightning_galore"):
+    for name in ("docs", "benchmarks", "examples", "recipes", "lightning_galore"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.json"))
     for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
         shutil.copy(ROOT / name, copy / name)

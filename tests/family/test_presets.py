@@ -99,5 +99,7 @@ def test_predicted_bytes_are_held(method: str, mode: str) -> None:
     _, optimizer = made(method, mode, stagger=False, **more)
     predicted = optimizer.footprint()
     assert predicted.moments > 0 or METHODS[method].get("lift") == "whiten"  # over SGD without momentum
+    foreseen = sum(row.state_bytes or 0 for row in optimizer.targets_table().taken)
     assert step_and_count(optimizer) == asdict(predicted)
     assert optimizer.footprint() == predicted
+    assert sum(status.state_bytes for status in optimizer.subspaces()) == foreseen

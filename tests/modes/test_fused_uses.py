@@ -44,7 +44,7 @@ def test_compressed_inputs_are_the_right_side_everywhere() -> None:
     ("proj_type", "sides"), [("std", {"right"}), ("right", {"right"}), ("full", {"full"})], ids=str
 )
 def test_compressed_inputs_with_each_side(proj_type: Any, sides: set[str]) -> None:
-    _, optimizer, _ = train("project", fused=True, steps=2, proj_type=proj_type, compress_activations=True)
+    _, optimizer, _ = train("layerwise", fused=True, steps=2, proj_type=proj_type, compress_activations=True)
     assert {target.projection.side for target in optimizer.targets.values()} == sides
 
 

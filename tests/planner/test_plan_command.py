@@ -45,7 +45,7 @@ def test_options_win_over_the_recipe(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_glue_recipe_is_known() -> None:
-    from lightning_galore.cli import _read_recipe
+    from lightning_galore.cli.commands import _read_recipe
     from lightning_galore.planner.command import PlanOptions
 
     for path in sorted((RECIPES / "glue").glob("stsb*.yaml")):
@@ -59,7 +59,7 @@ def test_another_module_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, str(RECIPES / "gan.yaml"))
     assert found["columns"][1]["moments"] > 0
     assert "without a batch" in found["columns"][1]["missing"]
-    assert main(["plan", str(RECIPES / "gan.yaml"), "--batch_size=3"]) == 1
+    assert main(["plan", str(RECIPES / "gan.yaml"), "--batch_size=3"]) == 2
     assert "batch_size=3 cannot be given for RingGan" in capsys.readouterr().err
 
 
@@ -75,7 +75,7 @@ def test_table_budget_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "no-such-model"]) == 1
+    assert main(["plan", "no-such-model"]) == 2
     err = capsys.readouterr().err
     assert "error: model='no-such-model' cannot be planned" in err
     assert "Traceback" not in err

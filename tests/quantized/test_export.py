@@ -150,7 +150,7 @@ def test_wrong_files_are_one_line_and_nothing_is_written(
         export_weights(path, target)
     assert "\n" not in str(caught.value)
     target.write_bytes(b"mine")
-    assert main(["export", str(path), str(target), "--overwrite=true"]) == 1
+    assert main(["export", str(path), str(target), "--overwrite=true"]) == 2
     assert capsys.readouterr().err.startswith(f"lightning-galore: error: {caught.value}"[:60])
     assert target.read_bytes() == b"mine"
     assert sorted(one.name for one in tmp_path.iterdir()) == ["new.ckpt", "old.ckpt"]
@@ -178,7 +178,7 @@ def test_paths_that_cannot_be(source: Path, tmp_path: Path) -> None:
     for old, new, error, message in cases:
         with pytest.raises(error, match=message):
             export_weights(old, new)
-        assert main(["export", str(old), str(new)]) == 1
+        assert main(["export", str(old), str(new)]) == 2
     assert taken.read_bytes() == b"mine"
     assert [one.name for one in tmp_path.iterdir()] == ["taken.ckpt"]
 
@@ -207,7 +207,7 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["export", str(source), str(target), "--dtype", "bf16"]) == 0
     assert capsys.readouterr().out.startswith("2 int8 weights decoded; weights: ")
     assert read(target)["state_dict"][PROJECTED[0]].dtype == torch.bfloat16
-    assert main(["export", str(source), str(target)]) == 1
+    assert main(["export", str(source), str(target)]) == 2
     assert "exists. Choose another name" in capsys.readouterr().err
     other_name = tmp_path / "other.ckpt"
     os.link(target, other_name)

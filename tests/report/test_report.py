@@ -334,7 +334,7 @@ def test_errors_of_the_command_are_one_line(small: Path, capsys: pytest.CaptureF
         ([str(small / "none")], "none is not a folder"),
         ([str(small)], "hold nothing to draw. Loss: No logged name contains “loss”. Logged were: accuracy."),
     ):
-        assert main(["report", *args]) == 1
+        assert main(["report", *args]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert "Traceback" not in err
@@ -344,7 +344,7 @@ def test_without_matplotlib_the_extra_is_named(
     small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning_galore.report.find_spec", lambda name: None)
-    assert main(["report", str(small)]) == 1
+    assert main(["report", str(small)]) == 2
     assert 'pip install "lightning-galore[recipes]"' in capsys.readouterr().err
 
 

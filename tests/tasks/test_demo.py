@@ -89,7 +89,7 @@ def test_demo_that_misses_its_mark_fails_and_says_so(
 
 
 def test_recipe_without_galore_is_refused(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main([*small(tiny_model, tmp_path), "--trainer.strategy=auto"]) == 1
+    assert demo.main([*small(tiny_model, tmp_path), "--trainer.strategy=auto"]) == 2
     assert (
         "does not train with GaLore: set trainer.strategy to lightning_galore.GaLoreStrategy" in capsys.readouterr().err
     )
@@ -99,7 +99,7 @@ def test_missing_archive_names_the_download(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = [f"--config={RECIPE}", f"--model.model={tiny_model}", f"--data.data_dir={tmp_path}"]
-    assert demo.main([*args, f"--output_dir={tmp_path / 'out'}"]) == 1
+    assert demo.main([*args, f"--output_dir={tmp_path / 'out'}"]) == 2
     err = capsys.readouterr().err
     assert "pip download --no-deps --no-binary vaderSentiment" in err
     assert "Traceback" not in err
