@@ -35,7 +35,7 @@ help: ## list the targets
 demo: $(STAMP) $(DEMO_STAMP) $(VADER) ## fine-tune a small encoder on a real sentiment task, with and without GaLore
 	$(BIN)/python -m lightning_galore.tasks.demo --config recipes/demo.yaml
 
-pretrain: $(STAMP) $(C4) ## pre-train a tiny LLaMA on 300 documents of C4 (full-rank: OPTIONS="--trainer.strategy auto --model.lr 0.003")
+pretrain: $(STAMP) $(C4) ## pre-train a tiny LLaMA on 300 documents of C4 (full-rank: OPTIONS="--trainer.strategy auto --model.lr 0.001")
 	$(BIN)/lightning-galore fit -c recipes/llama/tiny_c4.yaml --data.files $(C4) $(OPTIONS)
 
 bench: $(STAMP) ## time refreshes and optimizer steps beside galore-torch and torch (ten minutes on an idle CPU)

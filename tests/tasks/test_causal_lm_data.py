@@ -18,6 +18,7 @@ pytest.importorskip("datasets")
 from lightning_galore.tasks import CausalLMDataModule
 from lightning_galore.tasks.text_files import find_files, is_held_out
 from lightning_galore.tasks.tokenizing import Encoder, load_tokenizer, train_bpe
+from tests.distributed.processes import launch
 from tests.tasks.texts import VOCABULARY, sentences, stand_in_trainer, write_jsonl, write_shards
 
 
@@ -199,6 +200,21 @@ def test_a_loader_goes_on_where_it_was(streaming: bool, workers: int, world: int
     second.load_state_dict(state)
     assert tokens_of(list(islice(second, 6))) == tokens_of(rest)
     assert tokens_of(rest) != tokens_of(done)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_keep_their_places_together(tmp_path: Path) -> None:
+    write_shards(tmp_path, 4, 300)
+    train_bpe(sentences(), VOCABULARY, tmp_path)
+    ended = launch("tests.tasks.stream_worker", tmp_path)
+    assert [process.code for process in ended] == [0, 0], "\n".join(process.output for process in ended)
+    one, other = (torch.load(tmp_path / f"results_{rank}.pt") for rank in range(2))
+    for process in (one, other):
+        assert torch.equal(torch.stack(process["rest"]), torch.stack(process["again"]))
+    assert one["state"] == other["state"]  # of both, whoever saves
+    assert len(one["state"]["ranks"]) == 2
+    assert not torch.equal(one["rest"][0], other["rest"][0])
 
 
 def test_a_finished_epoch_is_not_repeated(jsonl: str, bpe: str) -> None:
