@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from lightning_galore.config import GaLoreConfig
+from lightning_galore.config import GaLoreConfig, Rank
+from lightning_galore.config.presets import OPEN
 from lightning_galore.planner.fakes import Job, Loop
 from lightning_galore.planner.planning import plan
 from lightning_galore.planner.results import Plan
@@ -59,7 +60,7 @@ class PlanOptions:
     def __init__(
         self,
         source: str,
-        rank: int | float | None = None,
+        rank: Rank | Literal["auto"] = "auto",  # a union with None loses its order in jsonargparse: 64 became 64.0
         batch_size: int | None = None,
         sequence_length: int | None = None,
         precision: str | None = None,
@@ -86,7 +87,7 @@ class PlanOptions:
         self.precision, self.head, self.download, self.loop = precision, head, download, loop
         self.json, self.picture = json, picture
         named = {"rank": rank, "proj_type": proj_type, "target_modules": target_modules}
-        self.settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        self.settings: dict[str, Any] = {name: value for name, value in named.items() if value not in OPEN}
         self.choices: dict[str, Any] = {
             "checkpointing": checkpointing,
             "candidates": candidates,
