@@ -40,6 +40,8 @@ _LION, _NO_BETAS, _LR = frozenset({"lr", "betas"}), frozenset({"lr", "eps"}), fr
 NAMED: dict[str, Named] = {
     "adamw": Named(package="torch", cls="AdamW"),
     "adamwfused": Named(package="torch", cls="AdamW", settings={"fused": True}),
+    # What torch takes on a GPU where neither is asked for.
+    "adamwforeach": Named(package="torch", cls="AdamW", settings={"foreach": True}),
     "adam": Named(package="torch", cls="Adam"),
     "sgd": Named(package="torch", cls="SGD", takes=_LR),
     "rmsprop": Named(package="torch", cls="RMSprop", takes=_NO_BETAS),

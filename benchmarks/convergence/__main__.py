@@ -105,7 +105,7 @@ def _share(shard: str) -> slice:
 
 
 def _tell(chosen: argparse.Namespace, sweep: Sweep, store: Store, where: dict[str, Any], left_out: list[str]) -> int:
-    name = "presets" if chosen.presets else "convergence"
+    name = chosen.name or ("presets" if chosen.presets else "convergence")
     name += "" if chosen.size == "small" else f"-{chosen.size}"
     name += "" if chosen.task == LANGUAGE else f"-{chosen.task}"
     try:
@@ -176,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="of torch (default: 1)")
     add("--shard", default="1/1", metavar="I/N", help="do the I-th of N shares of the variants; one process each")
     add("--runs", type=Path, default=_RUNS, help=f"file of finished runs (default: {_RUNS})")
+    add("--name", help="of the table's files (default: presets or convergence), size and task are added")
     add("--out", type=Path, default=results.FOLDER, help="folder of the table's JSON and picture")
     add("--table-only", action="store_true", help="train nothing, tell what is finished")
     add(

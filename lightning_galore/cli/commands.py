@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import AdamW
 
-from lightning_galore import GaLoreConfig, GaLoreOptimizer, GaLoreStrategy
+from lightning_galore import GaLoreOptimizer, GaLoreStrategy
 from lightning_galore.cli.exits import PROG
 from lightning_galore.cli.parsers import Parser, first_line, without_marks
 from lightning_galore.cli.trainer import GaLoreCLI, ParsedOnly
 
 if TYPE_CHECKING:
-    from lightning_galore.planner import Job
-    from lightning_galore.planner.command import PlanOptions
+    from lightning_galore.planner.command import PlanOptions, Read
 
 
 def targets(args: list[str]) -> None:
@@ -63,17 +62,18 @@ def _with_switches(args: list[str], *names: str) -> list[str]:
     return [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
 
 
-def _read_recipe(path: str, options: PlanOptions) -> tuple[Job, GaLoreConfig]:
-    from lightning_galore.tasks.planned import module_job, named_model_job, precision_named, strategy_settings
+def _read_recipe(path: str, options: PlanOptions) -> Read:
+    from lightning_galore.planner.command import Read
+    from lightning_galore.tasks.planned import module_job, precision_named, read_ours, strategy_settings
 
     args, prog = ["-c", path], f"{PROG} plan"
     recipe = ParsedOnly(args=args, run=False, prog=prog).config
-    config = strategy_settings(recipe.trainer.strategy)
-    job = named_model_job(recipe, options)
-    if job is not None:
-        return job, config
+    read = read_ours(recipe, options)
+    if read is not None:
+        return read
     cli = GaLoreCLI(args=args, run=False, prog=prog)
-    return module_job(cli.model, options, precision=precision_named(cli.trainer.precision)), config
+    job = module_job(cli.model, options, precision=precision_named(cli.trainer.precision))
+    return Read(job=job, config=strategy_settings(recipe.trainer.strategy))
 
 
 def _convert() -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Will it fit? Bytes of a training run before it runs: one step rehearsed on tensors without data."""
 
-from lightning_galore.planner.candidates import CANDIDATES, Candidate
+from lightning_galore.planner.candidates import CANDIDATES, Candidate, choose
 from lightning_galore.planner.fakes import Job, training_loss
 from lightning_galore.planner.planning import bytes_of, plan
 from lightning_galore.planner.rehearsal import Recipe, Rehearsed, rehearse
@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "Rehearsed",
     "bytes_of",
+    "choose",
     "named_job",
     "plan",
     "rehearse",

@@ -37,7 +37,12 @@ def adapt(module: nn.Module, config: GaLoreConfig) -> None:
     Args:
         module: Changed in place.
         config: Names the weights and the rank.
+
+    Raises:
+        ValueError: If it has adapters already.
     """
+    if any("lora_" in name for name, _ in module.named_parameters()):
+        raise ValueError("the model has LoRA's factors already, beside which no others are planned.")
     targets, _ = select_targets(module, [{"params": list(module.parameters())}], config)
     ranks = {param: target.projection.rank for param, target in targets.items()}
     module.requires_grad_(False)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -14,6 +15,8 @@ from lightning_galore.config import GaLoreConfig, Method, Mode
 from lightning_galore.named_optimizers import named_optimizer
 from lightning_galore.planner.adapters import adapt
 from lightning_galore.planner.rehearsal import Recipe
+
+Fused = Literal["no", "whole", "low-rank"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Candidate:
         rank: Its only rank; None for the user's.
         fused: Whether linear layers make low-rank gradients themselves, and keep their inputs whole or low-rank.
         trades: What it costs against ordinary training, in words.
+        usual: Whether it is planned where no candidates are named.
     """
 
     name: str
@@ -39,8 +43,9 @@ class Candidate:
     mode: Mode = "step"
     method: Method | None = None
     rank: int | None = None
-    fused: Literal["no", "whole", "low-rank"] = "no"
+    fused: Fused = "no"
     trades: str = ""
+    usual: bool = True
 
     def recipe(self, config: GaLoreConfig, base: str | None = None) -> Recipe:
         """How it trains, under the user's settings.
@@ -78,6 +83,9 @@ _LAYERWISE = "weights move in backward: no clipping by the global norm, no GradS
 _8BIT = "moments in 8 bits"
 _FUSED = "the norm of the full gradients is not known to clipping"
 
+#: The name that stands for every candidate.
+ALL = "all"
+
 #: In the order in which they depart from ordinary training.
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name="adamw", label="AdamW", kind="full", base="adamwfused"),
@@ -108,6 +116,7 @@ CANDIDATES: tuple[Candidate, ...] = (
         base="adamwfused",
         mode="project",
         fused="whole",
+        usual=False,
         trades=f"gradients of rank {{rank}}; {_FUSED}",
     ),
     Candidate(
@@ -117,6 +126,7 @@ CANDIDATES: tuple[Candidate, ...] = (
         base="adamwfused",
         mode="project",
         fused="low-rank",
+        usual=False,
         trades=f"gradients of rank {{rank}}, of wide weights too on the right: another subspace; {_FUSED}",
     ),
     Candidate(
@@ -144,6 +154,7 @@ CANDIDATES: tuple[Candidate, ...] = (
         base="adamwfused",
         mode="layerwise",
         method="apollo",
+        usual=False,
         trades=f"full gradients, scaled by what a random subspace of rank {{rank}} says; {_LAYERWISE}",
     ),
     Candidate(
@@ -154,6 +165,7 @@ CANDIDATES: tuple[Candidate, ...] = (
         mode="layerwise",
         method="apollo-mini",
         rank=1,
+        usual=False,
         trades=f"full gradients, scaled by what one random direction says; {_LAYERWISE}",
     ),
     Candidate(
@@ -164,3 +176,24 @@ CANDIDATES: tuple[Candidate, ...] = (
         trades="only adapters of rank {rank} are trained; the weights stay as they are",
     ),
 )
+
+
+def choose(names: Collection[str] | None, own: Candidate | None = None) -> Sequence[Candidate]:
+    """The candidates of some names.
+
+    Args:
+        names: As users say them; ``"all"`` among them is every candidate, None the usual ones.
+        own: One more to choose from, which comes first.
+
+    Raises:
+        ValueError: If a name is not known.
+    """
+    every = CANDIDATES if own is None else (own, *CANDIDATES)
+    if names is None:
+        return [candidate for candidate in every if candidate.usual]
+    known = {candidate.name: candidate for candidate in every}
+    asked = [names] if isinstance(names, str) else list(names)
+    for name in asked:
+        if name not in (*known, ALL):
+            raise ValueError(f"candidates={name!r} is not known; choose among {', '.join(known)}, or {ALL!r}.")
+    return every if ALL in asked else [known[name] for name in asked]

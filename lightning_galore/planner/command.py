@@ -6,22 +6,40 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lightning_galore.config import GaLoreConfig, Rank
 from lightning_galore.config.presets import OPEN
+from lightning_galore.planner.candidates import Candidate
 from lightning_galore.planner.fakes import Job, Loop
 from lightning_galore.planner.planning import plan
 from lightning_galore.planner.results import Plan
 from lightning_galore.planner.sharing import Sharding
 from lightning_galore.planner.sources import Head
-from lightning_galore.planner.table import console_for, show
+from lightning_galore.planner.table import console_for, show, waiting
 
-#: Reads a recipe: what is trained, and the settings that it names.
-ReadRecipe: TypeAlias = Callable[[str, "PlanOptions"], tuple[Job, GaLoreConfig]]
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What a recipe says of a run.
+
+    Args:
+        job: What is trained.
+        config: The settings of its strategy.
+        own: How it trains, where that can be told.
+        checkpointing: Whether it recomputes activations; None where that is left open.
+    """
+
+    job: Job
+    config: GaLoreConfig
+    own: Candidate | None = None
+    checkpointing: bool | None = None
+
+
+ReadRecipe: TypeAlias = Callable[[str, "PlanOptions"], Read]
 
 
 class PlanOptions:
@@ -38,11 +56,12 @@ class PlanOptions:
         sequence_length: Tokens a sequence. By default the recipe's, else 512.
         precision: As the Trainer's: ``bf16-true``, ``32-true``, ``bf16-mixed``, ... By default the recipe's, else
             ``bf16-true``.
-        checkpointing: Recompute activations in backward. By default both are shown.
-        candidates: Which ways to train, by name: ``adamw``, ``adamw-8bit``, ``galore-step``, ``galore-project``,
-            ``galore-layerwise``, ``galore-fused``, ``galore-compressed``, ``galore-8bit``, ``q-galore``, ``lora``, ...
-            All by default.
-        optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU).
+        checkpointing: Recompute activations in backward. By default as the recipe says, or both are shown.
+        candidates: Which ways to train, by name: ``recipe`` (as the recipe itself does), ``adamw``, ``adamw-8bit``,
+            ``galore-step``, ``galore-project``, ``galore-layerwise``, ``galore-8bit``, ``q-galore``, ``lora``: these by
+            default. Besides ``galore-fused``, ``galore-compressed``, ``apollo``, ``apollo-mini``; ``all`` for all.
+        optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU; ``adamwforeach``: on
+            a GPU).
         proj_type: Which side is projected.
         target_modules: Which weights are projected.
         devices: How many; all figures are for each of them.
@@ -65,7 +84,7 @@ class PlanOptions:
         sequence_length: int | None = None,
         precision: str | None = None,
         checkpointing: bool | None = None,
-        candidates: list[str] | None = None,
+        candidates: str | list[str] | None = None,
         optimizer: str | None = None,
         proj_type: str | None = None,
         target_modules: str | list[str] | None = None,
@@ -106,29 +125,36 @@ def run(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
         options: From the command line.
         read_recipe: Knows recipes.
     """
-    if options.source.endswith((".yaml", ".yml")):
-        job, config = read_recipe(options.source, options)
-        found = plan(replace(job, loop=options.loop), config, **options.choices, **options.settings)
-    else:
-        found = plan(
-            options.source,
-            batch_size=options.batch_size,
-            sequence_length=options.sequence_length or 512,
-            precision=options.precision,
-            head=options.head,
-            loop=options.loop,
-            download=options.download,
-            **options.choices,
-            **options.settings,
-        )
+    with waiting(f"rehearsing training steps of {options.source}"):
+        found = _found(options, read_recipe)
     if options.picture is not None:
         write_picture(found, Path(options.picture))
     if options.json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
     else:
-        console = console_for(sys.stdout)
-        show(found, console)
+        show(found, console_for(sys.stdout))
     return found
+
+
+def _found(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
+    if options.source.endswith((".yaml", ".yml")):
+        read = read_recipe(options.source, options)
+        choices = dict(options.choices)
+        if choices["checkpointing"] is None:
+            choices["checkpointing"] = read.checkpointing
+        job = replace(read.job, loop=options.loop)
+        return plan(job, read.config, own=read.own, **choices, **options.settings)
+    return plan(
+        options.source,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length or 512,
+        precision=options.precision,
+        head=options.head,
+        loop=options.loop,
+        download=options.download,
+        **options.choices,
+        **options.settings,
+    )
 
 
 def write_picture(found: Plan, path: Path) -> None:

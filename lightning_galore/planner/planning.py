@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.planner.candidates import CANDIDATES, Candidate
+from lightning_galore.planner.candidates import Candidate, choose
 from lightning_galore.planner.columns import column_of
 from lightning_galore.planner.fakes import Job, Loop, Step, training_loss
 from lightning_galore.planner.results import Plan
@@ -33,6 +33,7 @@ def plan(
     precision: str | None = None,
     checkpointing: bool | None = None,
     candidates: Collection[str] | None = None,
+    own: Candidate | None = None,
     base: str | None = None,
     devices: int = 1,
     strategy: Sharding = "ddp",
@@ -60,7 +61,8 @@ def plan(
         precision: As the Trainer's: ``"bf16-true"`` (the default of a name), ``"32-true"``, ``"bf16-mixed"``, ...; a
             module stays as it is by default.
         checkpointing: Recompute activations; None plans both, where the model can.
-        candidates: Names of ``CANDIDATES``; all by default.
+        candidates: Names of ``CANDIDATES``, or ``"all"``; the usual ones by default.
+        own: One more way to train, put first: what a recipe says, for instance.
         base: Another optimizer for all, by name (``named_optimizer``).
         devices: How many; what follows is for each of them.
         strategy: ``"ddp"`` or ``"fsdp2"``.
@@ -90,7 +92,7 @@ def plan(
         batch_size=batch_size or 1,
         batch_free=isinstance(model, str) and batch_size is None,
     )
-    return _answer(question, _chosen(candidates))
+    return _answer(question, choose(candidates, own))
 
 
 def _job(
@@ -128,14 +130,6 @@ def _answer(question: Question, chosen: Sequence[Candidate]) -> Plan:
         budget=question.budget,
         fits=() if question.budget is None else what_fits(question, question.budget, chosen, columns),
     )
-
-
-def _chosen(names: Collection[str] | None) -> Sequence[Candidate]:
-    known = {candidate.name: candidate for candidate in CANDIDATES}
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"candidates={name!r} is not known; choose among {', '.join(known)}.")
-    return CANDIDATES if names is None else [known[name] for name in names]
 
 
 def _batch_in_words(job: Job) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -29,6 +30,15 @@ def console_for(file: Any) -> Any:
     """A rich console on a file or a terminal; a file has no width, so it gets a wide one."""
     console = _rich()["Console"](file=file)
     return console if console.is_terminal else _rich()["Console"](file=file, width=200)
+
+
+def waiting(text: str) -> AbstractContextManager[Any]:
+    """Show that something goes on, where someone looks at a terminal and rich is there to draw it."""
+    try:
+        status: AbstractContextManager[Any] = _rich()["Console"](stderr=True).status(text)
+    except ModuleNotFoundError:
+        return nullcontext()
+    return status
 
 
 def show(plan: Plan, console: Any) -> None:

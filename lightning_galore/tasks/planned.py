@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_galore.config import GaLoreConfig
-from lightning_galore.planner import Job, named_job, training_loss
-from lightning_galore.planner.command import PlanOptions
+from lightning_galore.named_optimizers import ALIASES
+from lightning_galore.planner import Candidate, Job, named_job, training_loss
+from lightning_galore.planner.candidates import Fused
+from lightning_galore.planner.command import PlanOptions, Read
+from lightning_galore.strategies import GaLoreStrategy
 from lightning_galore.tasks.causal_lm import CausalLMModule
 from lightning_galore.tasks.causal_models import published_name
 from lightning_galore.tasks.glue import GlueModule
 from lightning_galore.tasks.glue_tasks import get_task
+from lightning_galore.tasks.lora import with_lora
 
 
 def strategy_settings(strategy: Any) -> GaLoreConfig:
@@ -37,22 +43,62 @@ def precision_named(precision: Any) -> str:
     return short.get(str(precision), str(precision))
 
 
-def named_model_job(recipe: Any, options: PlanOptions) -> Job | None:
-    """What a recipe of ours trains, from the parsed arguments alone; None if the module is another's.
+def read_ours(recipe: Any, options: PlanOptions) -> Read | None:
+    """What a recipe of ours trains and how, from the parsed arguments alone; None if the module is another's.
 
     Args:
         recipe: The parsed recipe.
         options: What the user says instead.
     """
-    cls = resolve_name(recipe.model.class_path.rpartition(".")[0] + ":" + recipe.model.class_path.rpartition(".")[2])
+    cls, model = _class_of(recipe.model), recipe.model.init_args
     data = recipe.data.init_args if recipe.get("data") else None
     precision = precision_named(recipe.trainer.precision)
-    for known, job in ((GlueModule, glue_job), (CausalLMModule, causal_lm_job)):
+    config = strategy_settings(recipe.trainer.strategy)
+    for known, make_job in ((GlueModule, glue_job), (CausalLMModule, causal_lm_job)):
         if isinstance(cls, type) and issubclass(cls, known):
-            made = job(recipe.model.init_args, data, options, precision=precision)
-            # What is accumulated is held from the second backward pass on; more of them hold no more.
-            return replace(made, micro_batches=min(2, recipe.trainer.accumulate_grad_batches))
+            job = make_job(model, data, options, precision=precision)
+            return Read(
+                # What is accumulated is held from the second backward pass on; more of them hold no more.
+                job=replace(job, micro_batches=min(2, recipe.trainer.accumulate_grad_batches)),
+                config=config,
+                own=own_way(recipe, config),
+                checkpointing=True if model.get("checkpointing") else None,
+            )
     return None
+
+
+def own_way(recipe: Any, config: GaLoreConfig) -> Candidate:
+    """How a recipe of ours trains: its optimizer under its strategy.
+
+    Args:
+        recipe: The parsed recipe.
+        config: The settings of its strategy.
+    """
+    make = partial(Candidate, name="recipe", label="this recipe", base=_optimizer_of(recipe.model.init_args.optimizer))
+    if not _projects(recipe.trainer.strategy):
+        return make(kind="full")
+    fused: Fused = ("low-rank" if config.compress_activations else "whole") if config.fused_backward else "no"
+    return make(kind="galore", mode=config.mode, method=config.method, fused=fused)
+
+
+def _optimizer_of(named: Any) -> str:
+    """The name of a recipe's optimizer, which it gives as such or as a class with its settings."""
+    name = named if isinstance(named, str) else str(named.class_path)
+    plain = ALIASES.get(name.lower().replace("_", ""), name.lower())
+    return "adamwforeach" if plain in ("adamw", "torch.optim.adamw") else name  # as torch steps on a GPU
+
+
+def _projects(strategy: Any) -> bool:
+    if isinstance(strategy, str):
+        cls = StrategyRegistry[strategy]["strategy"] if strategy in StrategyRegistry else None
+    else:
+        cls = None if strategy is None else _class_of(strategy)
+    return isinstance(cls, type) and issubclass(cls, GaLoreStrategy)
+
+
+def _class_of(named: Any) -> Any:
+    package, _, name = named.class_path.rpartition(".")
+    return resolve_name(f"{package}:{name}")
 
 
 def glue_job(model: Any, data: Any, options: PlanOptions, *, precision: str) -> Job:
@@ -65,7 +111,7 @@ def glue_job(model: Any, data: Any, options: PlanOptions, *, precision: str) -> 
         precision: The Trainer's.
     """
     task = get_task(model.task)
-    return named_job(
+    job = named_job(
         model.model,
         batch_size=options.batch_size or getattr(data, "batch_size", None) or 1,
         sequence_length=options.sequence_length or getattr(data, "max_length", None) or 512,
@@ -75,6 +121,7 @@ def glue_job(model: Any, data: Any, options: PlanOptions, *, precision: str) -> 
         num_labels=task.num_labels,
         problem_type="regression" if task.is_regression else "single_label_classification",
     )
+    return replace(job, module=with_lora(job.module, model.lora_rank, task_type="SEQ_CLS"))
 
 
 def causal_lm_job(model: Any, data: Any, options: PlanOptions, *, precision: str) -> Job:
@@ -88,7 +135,7 @@ def causal_lm_job(model: Any, data: Any, options: PlanOptions, *, precision: str
     """
     rows = getattr(data, "block_size", None) or getattr(data, "max_length", None)  # blocks, or instructions
     vocabulary = {} if model.vocab_size is None else {"vocab_size": model.vocab_size}
-    return named_job(
+    job = named_job(
         published_name(model.model) or model.model,
         batch_size=options.batch_size or getattr(data, "batch_size", None) or 1,
         sequence_length=options.sequence_length or rows or 512,
@@ -97,6 +144,7 @@ def causal_lm_job(model: Any, data: Any, options: PlanOptions, *, precision: str
         download=options.download,
         **{**(model.config or {}), **vocabulary},
     )
+    return replace(job, module=with_lora(job.module, model.lora_rank, task_type="CAUSAL_LM"))
 
 
 def module_job(model: LightningModule, options: PlanOptions, *, precision: str) -> Job:

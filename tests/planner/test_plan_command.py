@@ -49,10 +49,61 @@ def test_every_glue_recipe_is_known() -> None:
     from lightning_galore.planner.command import PlanOptions
 
     for path in sorted((RECIPES / "glue").glob("stsb*.yaml")):
-        job, config = _read_recipe(str(path), PlanOptions(str(path)))
+        read = _read_recipe(str(path), PlanOptions(str(path)))
+        job, config = read.job, read.config
         assert job.name == "roberta-base"
         assert job.batch["labels"].dtype.is_floating_point  # a regression
         assert config.method == "galore"
+
+
+RUN = """
+trainer:
+  accumulate_grad_batches: 2
+  strategy: {class_path: lightning_galore.GaLoreStrategy, init_args: {rank: 8, mode: layerwise, method: galore-8bit}}
+model:
+  class_path: lightning_galore.tasks.CausalLMModule
+  init_args: {model: 60m, config: {num_hidden_layers: 1, vocab_size: 500}, optimizer: adamw8bit, checkpointing: true}
+data: {class_path: lightning_galore.tasks.CausalLMDataModule, init_args: {batch_size: 2, block_size: 32}}
+"""
+
+
+def recipe_column(capsys: pytest.CaptureFixture[str], path: Path, *args: str) -> dict:
+    assert main(["plan", str(path), *args, "--candidates=recipe", "--json"]) == 0
+    (column,) = json.loads(capsys.readouterr().out)["columns"]
+    return column  # type: ignore[no-any-return]
+
+
+def test_the_recipe_is_the_first_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    own = recipe_column(capsys, path)
+    assert main(["plan", str(path), "--candidates=[galore-8bit]", "--json"]) == 0
+    (same,) = json.loads(capsys.readouterr().out)["columns"]
+    assert {**own, "name": "", "label": ""} == {**same, "name": "", "label": ""}
+    assert [peak["checkpointing"] for peak in own["peaks"]] == [True]  # as it says
+    assert recipe_column(capsys, path, "--checkpointing=false")["peaks"][0]["checkpointing"] is False
+    path.write_text(RUN.replace("layerwise", "step").replace("galore-8bit", "galore").replace("adamw8bit", "sgd"))
+    assert recipe_column(capsys, path)["moments"] == 0
+    path.write_text(RUN.replace("strategy:", "strategy: auto #"))
+    assert recipe_column(capsys, path)["bases"] == 0
+    path.write_text(RUN.replace("optimizer:", "lora_rank: 4, optimizer:").replace("galore-8bit}", "galore, rank: 2}"))
+    with_factors = recipe_column(capsys, path)
+    assert 0 < with_factors["moments"] < own["moments"] / 5
+
+
+def test_what_is_planned_where_nothing_is_named() -> None:
+    from lightning_galore.planner import CANDIDATES, Candidate, choose
+
+    own = Candidate(name="recipe", label="", kind="full", base="sgd")
+    usual = [candidate.name for candidate in choose(None, own)]
+    assert usual == [
+        *("recipe", "adamw", "adamw-8bit", "galore-step", "galore-project", "galore-layerwise", "galore-8bit"),
+        *("q-galore", "lora"),
+    ]
+    assert list(choose(["all"])) == list(choose("all")) == list(CANDIDATES)
+    assert [candidate.name for candidate in choose("apollo")] == ["apollo"]
+    with pytest.raises(ValueError, match="candidates='recipe' is not known; choose among adamw, .* or 'all'"):
+        choose(["recipe"])
 
 
 def test_another_module_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
