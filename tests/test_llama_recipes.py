@@ -52,6 +52,26 @@ def text(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "text.jsonl", sentences()[:300])
 
 
+PLANNED = {
+    name: float(found[1])
+    for name in LLAMA
+    if (found := re.search(r"([\d.]+) GB at its peak", (RECIPES / "llama" / f"{name}.yaml").read_text()))
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "60m" else pytest.mark.slow) for name in sorted(PLANNED)]
+)
+def test_the_head_says_what_the_plan_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "llama" / f"{name}.yaml"), "--candidates=recipe", "--json"]) == 0
+    (column,) = json.loads(capsys.readouterr().out)["columns"]
+    assert column["peaks"][0]["total"] / 1e9 == pytest.approx(PLANNED[name], rel=0.005)
+
+
+def test_every_published_size_is_planned() -> None:
+    assert set(PLANNED) == set(PAPER)
+
+
 def settings(name: str) -> dict[str, Any]:
     return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())  # type: ignore[no-any-return]
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import AdamW
@@ -18,9 +20,24 @@ if TYPE_CHECKING:
     from lightning_galore.planner.command import PlanOptions, Read
 
 
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Without what Lightning logs of a seed and a Trainer that nothing will be trained with."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("fabric", "pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def targets(args: list[str]) -> None:
     """Print which weights a configuration would project, without training."""
-    cli = GaLoreCLI(args=args, run=False, prog=f"{PROG} targets")
+    with _untold():
+        cli = GaLoreCLI(args=args, run=False, prog=f"{PROG} targets")
     strategy = cli.trainer.strategy
     if not isinstance(strategy, GaLoreStrategy):
         raise ValueError(
@@ -67,11 +84,12 @@ def _read_recipe(path: str, options: PlanOptions) -> Read:
     from lightning_galore.tasks.planned import module_job, precision_named, read_ours, strategy_settings
 
     args, prog = ["-c", path], f"{PROG} plan"
-    recipe = ParsedOnly(args=args, run=False, prog=prog).config
-    read = read_ours(recipe, options)
-    if read is not None:
-        return read
-    cli = GaLoreCLI(args=args, run=False, prog=prog)
+    with _untold():
+        recipe = ParsedOnly(args=args, run=False, prog=prog).config
+        read = read_ours(recipe, options)
+        if read is not None:
+            return read
+        cli = GaLoreCLI(args=args, run=False, prog=prog)
     job = module_job(cli.model, options, precision=precision_named(cli.trainer.precision))
     return Read(job=job, config=strategy_settings(recipe.trainer.strategy))
 

@@ -39,12 +39,15 @@ def adapt(module: nn.Module, config: GaLoreConfig) -> None:
         config: Names the weights and the rank.
 
     Raises:
-        ValueError: If it has adapters already.
+        ValueError: If it has adapters already, or none of its layers can have one.
     """
     if any("lora_" in name for name, _ in module.named_parameters()):
         raise ValueError("the model has LoRA's factors already, beside which no others are planned.")
     targets, _ = select_targets(module, [{"params": list(module.parameters())}], config)
     ranks = {param: target.projection.rank for param, target in targets.items()}
+    adapted = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer.weight in ranks]
+    if not adapted:
+        raise ValueError("none of the weights that would be projected is that of an nn.Linear, which LoRA adapts.")
     module.requires_grad_(False)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_galore import memory, storage
-from lightning_galore.config import GaLoreConfig
+from lightning_galore.config import GaLoreConfig, Rank
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.planner.fakes import Job, fake_batch, fake_copy, fake_mode, loss_in, quietly
 from lightning_galore.planner.tracker import MemoryTracker, Moment
 from lightning_galore.planner.watching import Watcher
+from lightning_galore.subspace import TuckerProjection
 from lightning_galore.targets import Target
 
 
@@ -103,19 +104,32 @@ def refresh_workspace(job: Job, recipe: Recipe) -> int:
         found = _Rehearsal(job, recipe, checkpointing=False)
         targets = found.targets
         largest = max(targets, key=lambda param: param.numel() * targets[param].projection.rank)
-        m, n = largest.shape
-        alone = nn.ModuleDict({"largest": nn.Linear(n, m, bias=False, device="meta", dtype=largest.dtype)})
         projection = targets[largest].projection
+        rank: Rank = projection.ranks if isinstance(projection, TuckerProjection) else projection.rank
+        side = recipe.config.proj_type if projection.side == "modes" else projection.side
         config = recipe.config.with_settings(
-            mode="step", target_modules="all-linear", ignore_modules=(), rank=projection.rank, rank_pattern=(),
-            stagger=False, fused_backward=False, compress_activations=False, proj_type=projection.side,
+            mode="step", target_modules=["largest"], ignore_modules=(), rank_pattern=(), stagger=False,
+            rank=rank, proj_type=side,
+            fused_backward=False, compress_activations=False,
         )  # fmt: skip
-        one = Job(name="largest", module=alone, batch=torch.empty(1, n, dtype=largest.dtype), step=_sum_of_largest)
+        batch = torch.empty(1, dtype=largest.dtype)
+        one = Job(name="largest", module=_alone(largest), batch=batch, step=_multiplied)
         return _Rehearsal(one, replace(recipe, config=config), checkpointing=False).run().workspace
 
 
-def _sum_of_largest(module: nn.Module, batch: Tensor) -> Tensor:
-    return module.get_submodule("largest")(batch).sum()
+def _alone(weight: Tensor) -> nn.Module:
+    """A module of a weight's shape and nothing else; a matrix is that of a linear layer, which alone has int8 weights."""
+    layer: nn.Module = nn.Module()
+    if weight.ndim == 2:
+        m, n = weight.shape
+        layer = nn.Linear(n, m, bias=False, device="meta", dtype=weight.dtype)
+    else:
+        layer.weight = nn.Parameter(torch.empty_like(weight, device="meta"))
+    return nn.ModuleDict({"largest": layer})
+
+
+def _multiplied(module: nn.Module, batch: Tensor) -> Tensor:
+    return (module.get_submodule("largest").get_parameter("weight") * batch).sum()
 
 
 class _Rehearsal:

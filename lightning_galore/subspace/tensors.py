@@ -68,7 +68,8 @@ class FoldedProjection(Projection):
 
     @override
     def fold_back(self, weight: Tensor, unfolded: Tensor) -> None:
-        if unfolded.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        # Not by data_ptr: the planner's tensors have no data.
+        if unfolded.untyped_storage()._cdata != weight.untyped_storage()._cdata:
             weight.permute(0, *self.order).copy_(unfolded.view(self.shape[0], *(self.sizes[k] for k in self.order)))
 
 

@@ -74,6 +74,27 @@ def test_what_a_way_cannot_do_is_said_and_the_others_go_on() -> None:
     assert found.columns[1].missing in str(found)
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "tensor-galore"}, {"proj_type": "right"}], ids=str)
+def test_convolutions(settings: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.Flatten())
+    batch, low = torch.zeros(2, 16, 8, 8), ["galore-step", "galore-layerwise"]
+    found = plan(
+        net, rank=4, batch=batch, candidates=["adamw", *low], target_modules=["class:torch.nn.Conv2d"], **settings
+    )
+    assert [column.missing for column in found.columns] == ["", "", ""]
+    for name in low:
+        column = found.column(name)
+        assert column.moments < found.column("adamw").moments / 2
+        assert column.refresh_workspace > 4 * 4 * 16  # at least a basis
+        assert column.peaks
+
+
+def test_adapters_beside_convolutions_alone_are_said_to_be_none() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 32, 3))
+    (column,) = plan(net, rank=4, candidates=["lora"], target_modules=["class:torch.nn.Conv2d"]).columns
+    assert "none of the weights" in column.missing
+
+
 def test_table_and_json() -> None:
     found = plan(NET, rank=8, batch=BATCH, candidates=TWO, budget="1MB")
     text = str(found)
