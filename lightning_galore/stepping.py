@@ -219,7 +219,6 @@ class Stepper:
         step = state.step
         self._projector.commit(swap.param, low_grad, group)
         shape_factor = base_rules.lift_factor(group, projection.shape, projection.low_shape)
-        scale = (group.get("scale") or self._config.factor) * shape_factor
         self._remember(swap.param, swap.remembered)
         coordinates, lift = low_grad.coordinates, self._projector.lift
         seen, full = low_grad.grad if swap.plain is None else swap.plain, low_grad.full
@@ -227,9 +226,13 @@ class Stepper:
             full = full.add(projection.unfold(swap.param.detach()), alpha=swap.penalty)
         # Where processes hold parts of the weight, each lifts its own.
         update = Update(
+            projection=projection,
+            bases=coordinates.bases if lift.needs_bases else (),
             low_update=coordinates.spread(swap.proxy.detach()),
             low_grad=coordinates.spread(seen) if lift.needs_grad else seen,
             grad=None if full is None else dtensors.local(full),
+            scale=(group.get("scale") or self._config.factor) * shape_factor,
+            shrink=self._shrink(group, 1.0),
             lr=1.0 if group.get("lr") is None else group["lr"],
             shape_factor=shape_factor,
             turned=swap.turned,
@@ -237,8 +240,8 @@ class Stepper:
             entries=state.lift_entries if lift.needs_grad else {},
         )
         with self._rounding.opened(dtensors.local(swap.param), name=low_grad.target.name, step=step) as weight:
-            bases, unfolded = coordinates.bases if lift.needs_bases else (), projection.unfold(weight)
-            lift.apply_(unfolded, update, projection, bases, scale=scale, shrink=self._shrink(group, 1.0))
+            unfolded = projection.unfold(weight)
+            lift.apply_(unfolded, update)
             projection.fold_back(weight, unfolded)
         if update.entries:
             self._projector.state_of(swap.param).keep_lift_entries(update.entries)

@@ -23,6 +23,17 @@ def bases_for(projection: Projection, dtype: torch.dtype) -> tuple[torch.Tensor,
     return tuple(linalg.orthonormalize(torch.randn(d, r, generator=generator).double()).to(dtype) for d, r in shapes)
 
 
+def project_back_(
+    weight: torch.Tensor,
+    low_update: torch.Tensor,
+    projection: Projection,
+    bases: tuple[torch.Tensor, ...],
+    **factors: float,
+) -> None:
+    update = Update(projection=projection, bases=bases, low_update=low_update, low_grad=low_update, **factors)
+    LIFTS["project_back"]().apply_(weight, update)
+
+
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -36,7 +47,7 @@ def test_project_back_is_the_formula(shape: tuple[int, int], side: Any, rank: in
     weight = random(*shape, dtype=torch.float64)
     update = random(*projection.low_shape, dtype=torch.float64)
     expected = weight + 0.25 * reference.project_back(update, bases, side)
-    LIFTS["project_back"]().apply_(weight, Update(low_update=update, low_grad=update), projection, bases, scale=0.25)
+    project_back_(weight, update, projection, bases, scale=0.25)
     torch.testing.assert_close(weight, expected, rtol=0, atol=1e-14)
 
 
@@ -47,7 +58,7 @@ def test_project_undoes_project_back(shape: tuple[int, int], side: Any) -> None:
     bases = bases_for(projection, torch.float64)
     update = random(*projection.low_shape, dtype=torch.float64)
     weight = torch.zeros(shape, dtype=torch.float64)
-    LIFTS["project_back"]().apply_(weight, Update(low_update=update, low_grad=update), projection, bases, scale=1.0)
+    project_back_(weight, update, projection, bases, scale=1.0)
     torch.testing.assert_close(projection.project(weight, bases), update, rtol=0, atol=1e-14)
 
 
@@ -59,7 +70,7 @@ def test_bf16_weight_is_rounded_once(side: Any, basis_dtype: torch.dtype) -> Non
     weight = random(16, 12, dtype=torch.bfloat16)
     update = random(*projection.low_shape, dtype=torch.bfloat16)
     exact = weight.double() + 0.5 * reference.project_back(update.double(), tuple(b.double() for b in bases), side)
-    LIFTS["project_back"]().apply_(weight, Update(low_update=update, low_grad=update), projection, bases, scale=0.5)
+    project_back_(weight, update, projection, bases, scale=0.5)
     assert weight.dtype == torch.bfloat16
     # Half a unit in the last place (2**-9 relative) is one rounding; a two-sided bf16 basis rounds its inner product.
     steps = 2 if side == "full" and basis_dtype == torch.bfloat16 else 1
@@ -74,7 +85,7 @@ def test_wider_basis_leaves_no_more_than_the_last_rounding(side: Any) -> None:
     bases = bases_for(projection, torch.float32)
     weight, update = torch.zeros(16, 12, dtype=torch.bfloat16), random(*projection.low_shape, dtype=torch.bfloat16)
     exact = reference.project_back(update.double(), tuple(basis.double() for basis in bases), side)
-    LIFTS["project_back"]().apply_(weight, Update(low_update=update, low_grad=update), projection, bases, scale=1.0)
+    project_back_(weight, update, projection, bases, scale=1.0)
     torch.testing.assert_close(weight.double(), exact, rtol=2.0**-8, atol=1e-6)
 
 
@@ -84,7 +95,7 @@ def test_weight_is_updated_in_place_without_a_full_size_temporary() -> None:
     weight, update = random(256, 128, dtype=torch.float32), random(256, 2, dtype=torch.float32)
     address = weight.data_ptr()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        LIFTS["project_back"]().apply_(weight, Update(low_update=update, low_grad=update), projection, bases, scale=1.0)
+        project_back_(weight, update, projection, bases, scale=1.0)
     assert weight.data_ptr() == address
     assert all(event.self_cpu_memory_usage < 256 * 128 * 4 for event in profile.key_averages())
 
@@ -105,9 +116,7 @@ def test_shrinking_and_adding_is_the_formula(side: Any, shrink: float) -> None:
     bases = bases_for(projection, torch.float64)
     weight, update = random(12, 7, dtype=torch.float64), random(*projection.low_shape, dtype=torch.float64)
     expected = shrink * weight + 0.25 * reference.project_back(update, bases, side)
-    LIFTS["project_back"]().apply_(
-        weight, Update(low_update=update, low_grad=update), projection, bases, scale=0.25, shrink=shrink
-    )
+    project_back_(weight, update, projection, bases, scale=0.25, shrink=shrink)
     torch.testing.assert_close(weight, expected, rtol=0, atol=1e-14)
 
 
@@ -121,9 +130,7 @@ def test_shrinking_and_adding_is_one_rounding(side: Any, basis_dtype: torch.dtyp
     update = 0.01 * random(*projection.low_shape, dtype=torch.bfloat16)
     back = reference.project_back(update.double(), tuple(basis.double() for basis in bases), side)
     exact = 0.999 * weight.double() + back
-    LIFTS["project_back"]().apply_(
-        weight, Update(low_update=update, low_grad=update), projection, bases, scale=1.0, shrink=0.999
-    )
+    project_back_(weight, update, projection, bases, scale=1.0, shrink=0.999)
     torch.testing.assert_close(weight.double(), exact, rtol=2.0**-8 * 1.01, atol=1e-6)
     share_of_nearest = float((weight == exact.bfloat16()).double().mean())
     assert share_of_nearest > 0.99

@@ -38,11 +38,15 @@ class Update:
     """What a step has come to in low rank, with what a lift may make more of.
 
     Args:
+        projection: The weight's geometry ``(m, n)``.
+        bases: Of ``projection.basis_shapes``; none unless the lift needs them.
         low_update: What the wrapped optimizer added to the proxy, of ``projection.low_shape``: its direction, times
             minus the learning rate.
         low_grad: The gradient that it saw, of the same shape.
         grad: The full gradient ``(m, n)``, clipped and with a coupled decay in it, as ``low_grad``; but without what
             :meth:`Lift.left_over` added to that. None unless the lift needs it.
+        scale: Factor on what is added to the weight (``scale``, ``shape_factor``).
+        shrink: Factor on the weight, of a decoupled decay.
         lr: The learning rate of the weight's group; 1.0 where the wrapped optimizer finds its own.
         shape_factor: What corrects a learning rate that the wrapped optimizer adjusts to the shape of the proxy; it is
             in ``scale`` too.
@@ -51,14 +55,29 @@ class Update:
         entries: What the lift keeps for this weight from step to step, by name; it may change and add entries.
     """
 
+    projection: Projection
+    bases: tuple[Tensor, ...]
     low_update: Tensor
     low_grad: Tensor
     grad: Tensor | None = None
+    scale: float = 1.0
+    shrink: float = 1.0
     lr: float | Tensor = 1.0
     shape_factor: float = 1.0
     turned: Turned | None = None
     ascends: bool = False
     entries: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_back_(
+        self,
+        matrix: Tensor,  # (m, n)
+        low: Tensor,  # projection.low_shape
+        *,
+        alpha: float,
+        beta: float = 1.0,
+    ) -> None:
+        """``matrix`` becomes ``beta`` times itself and ``alpha`` times ``low`` as the bases lift it, rounded once."""
+        self.projection.add_back_(matrix, low, self.bases, alpha=alpha, beta=beta)
 
 
 class Lift(ABC):
@@ -69,7 +88,7 @@ class Lift(ABC):
 
     #: Whether :attr:`Update.grad` is wanted. Then mode "project", which frees it at once, is refused.
     needs_grad: ClassVar[bool] = False
-    #: Whether ``bases`` are wanted; if not they are not read for it, and it gets none.
+    #: Whether :attr:`Update.bases` are wanted; if not they are not read for it, and it gets none.
     needs_bases: ClassVar[bool] = True
     #: Whether ``P P^T`` must be a projection, which it is for orthonormal bases only.
     needs_orthonormal: ClassVar[bool] = False
@@ -92,13 +111,8 @@ class Lift(ABC):
         self,
         weight: Tensor,  # (m, n)
         update: Update,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
     ) -> None:
-        """Multiply ``weight`` by ``shrink`` and add the update, in place, in its own dtype, with one rounding."""
+        """Multiply ``weight`` by ``update.shrink`` and add the update, in place, in its own dtype, rounded once."""
 
     def left_over(self, entries: Mapping[str, Tensor]) -> Tensor | None:
         """What earlier steps have left of their gradients ``(m, n)``, to be added to the next; None for nothing."""

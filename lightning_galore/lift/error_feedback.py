@@ -30,28 +30,19 @@ class ErrorFeedback(ProjectBack):
     follows_moment: ClassVar[bool] = True
 
     @override
-    def apply_(
-        self,
-        weight: Tensor,
-        update: Update,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
-        super().apply_(weight, update, projection, bases, scale=scale, shrink=shrink)
+    def apply_(self, weight: Tensor, update: Update) -> None:
+        super().apply_(weight, update)
         grad, kept = update.grad, update.entries.get(ERROR)
         assert grad is not None
         # Half precision would round each of the four terms; the sum is rounded once.
         dtype = torch.promote_types(grad.dtype, torch.float32)
         error = grad.to(dtype, copy=True) if kept is None else kept.to(dtype).add_(grad)
-        projection.add_back_(error, update.low_grad, bases, alpha=-1.0)
+        update.add_back_(error, update.low_grad, alpha=-1.0)
         if update.turned is not None:
             turned, old = update.turned, update.turned.old.read(grad.dtype)
-            before = projection.with_rank(turned.old.rank)
+            before = update.projection.with_rank(turned.old.rank)
             before.add_back_(error, turned.before, old, alpha=turned.share)
-            projection.add_back_(error, turned.after, bases, alpha=-turned.share)
+            update.add_back_(error, turned.after, alpha=-turned.share)
         update.entries[ERROR] = error.to(grad.dtype) if kept is None else kept.copy_(error)
 
     @override

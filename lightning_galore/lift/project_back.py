@@ -7,21 +7,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_galore.lift.base import Lift, Update
-from lightning_galore.subspace import Projection
 
 
 class ProjectBack(Lift):
     """``W += scale * P R`` (left), ``R Q^T`` (right), ``P R Q^T`` (full): arXiv 2403.03507, equation 11."""
 
     @override
-    def apply_(
-        self,
-        weight: Tensor,
-        update: Update,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
-        projection.add_back_(weight, update.low_update, bases, alpha=scale, beta=shrink)
+    def apply_(self, weight: Tensor, update: Update) -> None:
+        update.add_back_(weight, update.low_update, alpha=update.scale, beta=update.shrink)

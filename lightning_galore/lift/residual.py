@@ -29,27 +29,18 @@ class ScaledResidual(Lift):
     per_channel: ClassVar[bool] = True
 
     @override
-    def apply_(
-        self,
-        weight: Tensor,
-        update: Update,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
+    def apply_(self, weight: Tensor, update: Update) -> None:
         assert update.grad is not None
         residual = update.grad.to(linalg.decomposition_dtype(update.grad.dtype), copy=True)
-        projection.add_back_(residual, update.low_grad, bases, alpha=-1.0)
-        residual *= norm_ratios(update, channel_dims(projection.side)) * update.shape_factor
+        update.add_back_(residual, update.low_grad, alpha=-1.0)
+        residual *= norm_ratios(update, channel_dims(update.projection.side)) * update.shape_factor
         factor = limit(linalg.norm(residual) / update.lr, update.entries).to(residual.dtype)
         residual *= factor if update.ascends else -factor
-        projection.add_back_(residual, update.low_update, bases, alpha=scale)
+        update.add_back_(residual, update.low_update, alpha=update.scale)
         if weight.dtype == residual.dtype:
-            weight.mul_(shrink).add_(residual)
+            weight.mul_(update.shrink).add_(residual)
         else:
-            weight.copy_(residual.add_(weight, alpha=shrink))
+            weight.copy_(residual.add_(weight, alpha=update.shrink))
 
     @override
     def kept_shapes(self, projection: Projection) -> dict[str, tuple[int, ...]]:

@@ -31,22 +31,15 @@ class GradientScale(Lift):
         """The dimensions of a matrix over which one norm is taken."""
 
     @override
-    def apply_(
-        self,
-        weight: Tensor,
-        update: Update,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
+    def apply_(self, weight: Tensor, update: Update) -> None:
         assert update.grad is not None
-        dims = self._dims(projection.side)
+        dims = self._dims(update.projection.side)
         ratios = norm_ratios(update, dims)
         length = torch.linalg.vector_norm(ratios * norms(update.grad, dims))
         factors = ratios * limit(length / update.lr, update.entries)
-        _add_scaled_(weight, update.grad, factors * (scale if update.ascends else -scale), shrink=shrink)
+        _add_scaled_(
+            weight, update.grad, factors * (update.scale if update.ascends else -update.scale), shrink=update.shrink
+        )
 
     @override
     def kept_shapes(self, projection: Projection) -> dict[str, tuple[int, ...]]:

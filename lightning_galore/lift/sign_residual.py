@@ -35,28 +35,20 @@ class SignResidual(Lift):
         return cls(config.residual_scale)
 
     @override
-    def apply_(
-        self,
-        weight: Tensor,
-        update: Update,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
+    def apply_(self, weight: Tensor, update: Update) -> None:
         assert update.grad is not None
         dtype = torch.promote_types(update.grad.dtype, torch.float32)
         change = update.grad.to(dtype, copy=True)
         # Of a gradient in half precision the low-rank one is rounded once more: not taken for what is in the subspace.
-        low = update.low_grad if dtype == update.grad.dtype else projection.project(change, bases)
-        projection.add_back_(change, low, bases, alpha=-1.0)
-        change.masked_fill_(change.abs() <= _noise(low, projection), 0.0)
+        low = update.low_grad if dtype == update.grad.dtype else update.projection.project(change, update.bases)
+        update.add_back_(change, low, alpha=-1.0)
+        change.masked_fill_(change.abs() <= _noise(low, update.projection), 0.0)
         step = float(update.lr) * self.factor
         change.sign_()
         # The change is put together first, so that the weight is written and rounded once.
-        projection.add_back_(change, update.low_update, bases, alpha=scale, beta=step if update.ascends else -step)
-        weight.copy_(change.add_(weight, alpha=shrink))
+        sign = 1 if update.ascends else -1
+        update.add_back_(change, update.low_update, alpha=update.scale, beta=sign * step)
+        weight.copy_(change.add_(weight, alpha=update.shrink))
 
 
 def _noise(low: Tensor, projection: Projection) -> Tensor:

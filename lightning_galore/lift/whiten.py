@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_galore import linalg
 from lightning_galore.lift.base import Update
 from lightning_galore.lift.project_back import ProjectBack
-from lightning_galore.subspace import Projection
 
 
 class Whiten(ProjectBack):
@@ -26,19 +25,10 @@ class Whiten(ProjectBack):
     needs_whole: ClassVar[bool] = True
 
     @override
-    def apply_(
-        self,
-        weight: Tensor,
-        update: Update,
-        projection: Projection,
-        bases: tuple[Tensor, ...],
-        *,
-        scale: float,
-        shrink: float = 1.0,
-    ) -> None:
-        turned = projection.side == "right"  # its coordinates are columns
+    def apply_(self, weight: Tensor, update: Update) -> None:
+        turned = update.projection.side == "right"  # its coordinates are columns
         rows = linalg.standardized(update.low_update.mT if turned else update.low_update)
         white = linalg.whitened(rows)
         white *= linalg.norm(rows) / linalg.norm(white).clamp(min=torch.finfo(white.dtype).tiny)
         low = white.mT if turned else white
-        projection.add_back_(weight, low, bases, alpha=scale * float(update.lr), beta=shrink)
+        update.add_back_(weight, low, alpha=update.scale * float(update.lr), beta=update.shrink)

@@ -204,11 +204,11 @@ class Looks(ProjectBack):
         self.seen: list[Tensor] = []
 
     @override
-    def apply_(self, weight: Tensor, update: Update, *rest: Any, **options: Any) -> None:
+    def apply_(self, weight: Tensor, update: Update) -> None:
         assert update.grad is not None
         assert weight.shape == update.grad.shape
         self.seen.append(update.grad.clone())
-        super().apply_(weight, update, *rest, **options)
+        super().apply_(weight, update)
         update.entries["rest"] = torch.zeros_like(update.grad)
 
     @override

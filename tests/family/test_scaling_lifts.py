@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,22 +30,21 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, devic
 
 def parts(
     shape: tuple[int, int], side: Any, rank: int, *, dtype: torch.dtype = torch.float64, **changed: Any
-) -> tuple[Projection, tuple[Tensor, ...], Update]:
-    """A projection, a basis, and an update whose low-rank gradient is that of its full one."""
+) -> Update:
+    """An update of some basis, whose low-rank gradient is that of its full one."""
     projection = Projection(shape=shape, side=side, rank=rank)
     bases = tuple(linalg.orthonormalize(random(*one, seed=7)) for one in projection.basis_shapes)
     grad = random(*shape, seed=1)
     low = projection.project(grad, bases)
     made = {"low_update": -LR * random(*low.shape, seed=2), "low_grad": low, "grad": grad}
     tensors = {name: value.to(dtype) for name, value in made.items()}
-    return projection, bases, Update(**{**tensors, "lr": LR, **changed})
+    return Update(**{"projection": projection, "bases": bases, **tensors, "lr": LR, **changed})
 
 
-def moved(kind: str, made: Any, *, scale: float = 1.0, shrink: float = 1.0, start: Tensor | None = None) -> Tensor:
+def moved(kind: str, update: Update, *, start: Tensor | None = None, **factors: float) -> Tensor:
     """What the lift adds to a weight of zeros, or makes of ``start``."""
-    projection, bases, update = made
-    weight = torch.zeros(projection.shape, dtype=torch.float64) if start is None else start.clone()
-    LIFTS[kind]().apply_(weight, update, projection, bases, scale=scale, shrink=shrink)
+    weight = torch.zeros(update.projection.shape, dtype=torch.float64) if start is None else start.clone()
+    LIFTS[kind]().apply_(weight, replace(update, **factors))
     return weight
 
 
@@ -54,7 +54,7 @@ def moved(kind: str, made: Any, *, scale: float = 1.0, shrink: float = 1.0, star
 def test_apollo_scales_the_full_gradient(shape: tuple[int, int], side: Any, rank: int) -> None:
     """Every channel moves against its own full gradient, whatever the rank (PO-4 scales the projected one)."""
     made = parts(shape, side, rank)
-    grad = made[2].grad
+    grad = made.grad
     by_channel, whole = moved("channel_scale", made), moved("tensor_scale", parts(shape, side, rank))
     ratios = by_channel / grad
     per_channel = ratios if side == "left" else ratios.T
@@ -69,12 +69,12 @@ def test_apollo_scales_the_full_gradient(shape: tuple[int, int], side: Any, rank
 @pytest.mark.parametrize("side", SIDES)
 def test_the_residual_has_no_part_in_the_subspace(side: Any, shape: tuple[int, int], scale: float) -> None:
     """Whatever ``scale`` is: FI-1's holds ``1 - scale`` of it."""
-    made = parts(shape, side, 3)
-    projection, bases, update = made
-    change = moved("scaled_residual", made, scale=scale)
+    update = parts(shape, side, 3)
+    projection, bases = update.projection, update.bases
+    change = moved("scaled_residual", update, scale=scale)
     torch.testing.assert_close(projection.project(change, bases), scale * update.low_update, rtol=0, atol=1e-14)
     residual = change.clone()
-    projection.add_back_(residual, update.low_update, bases, alpha=-scale)
+    update.add_back_(residual, update.low_update, alpha=-scale)
     assert float(projection.project(residual, bases).abs().max()) < 1e-14
     assert float(residual.norm()) > 0.1  # PO-3: there is one, at a rank below min(m, n)
     # And it does not depend on scale.
@@ -85,10 +85,10 @@ def test_the_residual_has_no_part_in_the_subspace(side: Any, shape: tuple[int, i
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradient_and_update_stay_as_they_are(kind: str, dtype: torch.dtype) -> None:
     """GL-8: nobody uses the gradient as memory."""
-    projection, bases, update = parts((9, 12), "left", 3, dtype=dtype)
-    seen = [update.grad, update.low_grad, update.low_update, *bases]
+    update = parts((9, 12), "left", 3, dtype=dtype, shrink=0.9)
+    seen = [update.grad, update.low_grad, update.low_update, *update.bases]
     before = [one.clone() for one in seen]
-    LIFTS[kind]().apply_(torch.zeros(9, 12, dtype=dtype), update, projection, bases, scale=1.0, shrink=0.9)
+    LIFTS[kind]().apply_(torch.zeros(9, 12, dtype=dtype), update)
     assert same_bits(seen, before)
 
 
@@ -96,9 +96,9 @@ def test_gradient_and_update_stay_as_they_are(kind: str, dtype: torch.dtype) -> 
 def test_maximizing_goes_along_the_gradient(kind: str) -> None:
     shape = (9, 12)
     down = moved(kind, parts(shape, "left", 3))
-    _, _, update = made = parts(shape, "left", 3, ascends=True)
+    update = parts(shape, "left", 3, ascends=True)
     update.low_update.neg_()  # as the wrapped optimizer does
-    torch.testing.assert_close(moved(kind, made), -down)
+    torch.testing.assert_close(moved(kind, update), -down)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,9 +108,9 @@ def test_the_limiter_knows_no_learning_rate(kind: str) -> None:
         changes, norms = [], []
         for lr in (1e-2, 1e-1):
             entries = {"norm": torch.tensor(last, dtype=torch.float64)}
-            _, _, update = made = parts((9, 12), "left", 3, lr=lr, entries=entries)
+            update = parts((9, 12), "left", 3, lr=lr, entries=entries)
             update.low_update.mul_(lr / LR)
-            changes.append(moved(kind, made) / lr)
+            changes.append(moved(kind, update) / lr)
             norms.append(entries["norm"])
         torch.testing.assert_close(*changes)
         torch.testing.assert_close(*norms)
@@ -121,11 +121,11 @@ def test_norms_grow_by_a_hundredth_at_most(kind: str) -> None:
     scale = 1e-30 if kind == "scaled_residual" else 1.0  # which is limited in what lies outside the subspace only
     made = parts((9, 12), "right", 3)
     free = moved(kind, made, scale=scale)
-    norm = made[2].entries["norm"]
+    norm = made.entries["norm"]
     torch.testing.assert_close(norm, free.norm() / LR)
     limited = parts((9, 12), "right", 3, entries={"norm": norm / 2})
     torch.testing.assert_close(moved(kind, limited, scale=scale), free * 0.505)
-    torch.testing.assert_close(limited[2].entries["norm"], norm * 0.505)
+    torch.testing.assert_close(limited.entries["norm"], norm * 0.505)
     unlimited = parts((9, 12), "right", 3, entries={"norm": norm / 1.005})
     assert torch.equal(moved(kind, unlimited, scale=scale), free)
 
@@ -137,13 +137,13 @@ def test_a_step_without_an_update_does_not_freeze_the_weight(kind: str, what: st
     for last in (None, torch.tensor(2.0, dtype=torch.float64)):
         entries = {} if last is None else {"norm": last}
         lr: Any = {"zero learning rate": 0.0}.get(what, LR)
-        _, _, update = made = parts((9, 12), "left", 3, lr=lr, entries=entries)
+        update = parts((9, 12), "left", 3, lr=lr, entries=entries)
         factor = math.nan if what == "not finite" else 0.0
         update.low_update.mul_(factor)
         if what != "zero learning rate":
             update.low_grad.mul_(factor)
             update.grad.mul_(factor)
-        change = moved(kind, made)
+        change = moved(kind, update)
         assert not bool(torch.isfinite(change).all()) if what == "not finite" else not bool(change.any())
         assert float(entries["norm"]) == (0.0 if last is None else 2.0)
     entries = {"norm": torch.tensor(0.0, dtype=torch.float64)}
@@ -153,10 +153,10 @@ def test_a_step_without_an_update_does_not_freeze_the_weight(kind: str, what: st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("of", ["one channel", "all"])
 def test_momentum_without_a_gradient_moves_nothing_out_of_bounds(kind: str, of: str) -> None:
-    _, _, update = made = parts((9, 12), "left", 3)
+    update = parts((9, 12), "left", 3)
     which = slice(0, 1) if of == "one channel" else slice(None)
     update.low_grad[:, which], update.grad[:, which] = 0.0, 0.0
-    change = moved(kind, made)
+    change = moved(kind, update)
     assert bool(torch.isfinite(change).all())
     if kind != "scaled_residual":
         assert not bool(change[:, which].any())
@@ -167,15 +167,14 @@ def test_momentum_without_a_gradient_moves_nothing_out_of_bounds(kind: str, of: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(kind: str, shrink: float, dtype: torch.dtype) -> None:
     """A decay of 1e-3 is below half a bf16 step: rounded by itself it would be lost."""
-    projection, bases, update = parts((64, 48), "right", 4, dtype=dtype)
-    wide = Update(
-        low_update=update.low_update.double(), low_grad=update.low_grad.double(), grad=update.grad.double(), lr=LR
-    )
+    update = parts((64, 48), "right", 4, dtype=dtype, shrink=shrink)
+    assert update.grad is not None
+    tensors = {"low_update": update.low_update, "low_grad": update.low_grad, "grad": update.grad}
+    wide = replace(update, **{name: tensor.double() for name, tensor in tensors.items()}, entries={})
     start = random(64, 48, seed=5, dtype=dtype)
-    exact = moved(kind, (projection, bases, wide), shrink=shrink, start=start.double())
+    exact = moved(kind, wide, start=start.double())
     got = start.clone()
-    bases = tuple(basis.float() for basis in bases)
-    LIFTS[kind]().apply_(got, update, projection, bases, scale=1.0, shrink=shrink)
+    LIFTS[kind]().apply_(got, replace(update, bases=tuple(basis.float() for basis in update.bases)))
     assert got.dtype == dtype
     assert float((got == exact.to(dtype)).double().mean()) > 0.99
 
@@ -188,23 +187,25 @@ def test_nothing_waits_for_the_device(kind: str) -> None:
     entries: dict[str, Tensor] = {}
     for _ in range(2):
         update = Update(
+            projection=projection,
+            bases=(torch.zeros(9, 3, **made),),
             low_update=torch.zeros(3, 12, **made),
             low_grad=torch.zeros(3, 12, **made),
             grad=torch.zeros(9, 12, **made),
+            shrink=0.9,
             lr=torch.zeros((), **made),
             entries=entries,
         )
-        bases = (torch.zeros(9, 3, **made),)
-        LIFTS[kind]().apply_(torch.zeros(9, 12, **made), update, projection, bases, scale=1.0, shrink=0.9)
+        LIFTS[kind]().apply_(torch.zeros(9, 12, **made), update)
     assert entries["norm"].shape == ()
 
 
 @pytest.mark.parametrize("kind", ["channel_scale", "tensor_scale"])
 def test_scaling_makes_no_full_size_temporary(kind: str) -> None:
-    projection, bases, update = parts((256, 128), "right", 2, dtype=torch.float32)
+    update = parts((256, 128), "right", 2, dtype=torch.float32)
     weight = torch.zeros(256, 128)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        LIFTS[kind]().apply_(weight, update, projection, bases, scale=1.0)
+        LIFTS[kind]().apply_(weight, update)
     assert all(event.self_cpu_memory_usage < 256 * 128 * 4 for event in profile.key_averages())
 
 

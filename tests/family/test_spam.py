@@ -297,8 +297,8 @@ def test_a_lift_with_the_full_gradient_sees_the_low_rank_one_as_it_came(monkeypa
     class Watching(Lift):
         needs_grad = True
 
-        def apply_(self, weight: Any, update: Any, projection: Any, bases: Any, **how: Any) -> None:
-            seen.append((update.low_grad.clone(), projection.project(update.grad, bases)))
+        def apply_(self, weight: Any, update: Any) -> None:
+            seen.append((update.low_grad.clone(), update.projection.project(update.grad, update.bases)))
 
     monkeypatch.setitem(LIFTS, "project_back", Watching)
     model, optimizer = make(
