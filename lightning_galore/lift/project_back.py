@@ -14,4 +14,5 @@ class ProjectBack(Lift):
 
     @override
     def apply_(self, weight: Tensor, update: Update) -> None:
-        update.add_back_(weight, update.low_update, alpha=update.scale, beta=update.shrink)
+        low, bases = update.low_update, update.bases
+        update.projection.add_back_(weight, low, bases, alpha=update.scale, beta=update.shrink)

@@ -118,7 +118,7 @@ def refresh_workspace(job: Job, recipe: Recipe) -> int:
 
 
 def _alone(weight: Tensor) -> nn.Module:
-    """A module of a weight's shape and nothing else; a matrix is that of a linear layer, which alone has int8 weights."""
+    """A module with one weight of such a shape: a matrix is that of a linear layer, which alone has int8 weights."""
     layer: nn.Module = nn.Module()
     if weight.ndim == 2:
         m, n = weight.shape
