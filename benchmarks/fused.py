@@ -19,8 +19,8 @@ from benchmarks import pictures
 from benchmarks.optimizers import FULL_RANK
 from benchmarks.options import Options, progress, run
 from benchmarks.results import Report, Table, Target, megabytes, milliseconds, ratio, rounded
-from benchmarks.timing import Spread, in_turn, quiet, times_faster
-from benchmarks.training import CASES, FINE_TUNING, NEVER, PRE_TRAINING, QUICK_CASES, Case, is_projected
+from benchmarks.timing import Plan, Spread, side_by_side, times_faster
+from benchmarks.training import CASES, FINE_TUNING, NEVER, PRE_TRAINING, QUICK_CASES, Case, by_kind, loss_of
 from benchmarks.weights import SEED
 from lightning_galore import GaLoreOptimizer
 
@@ -74,24 +74,28 @@ def _measure_case(case: Case, options: Options) -> dict[str, Any]:
         steps[name], keeps = _training(name, case, options.torch_device)
         steps[name]()  # makes the state, and the only refresh
         kept[name] = keeps()
-    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    with quiet():
-        for turn in range(case.rounds):
-            for name in in_turn(list(SETTINGS), turn):
-                seconds[name].append(options.clock.seconds(steps[name]))
+    compared = side_by_side(steps, clock=options.clock, plan=_exactly(case.rounds))
+    ways = _ways(compared.seconds, FULL_RANK)
     return {
         "name": case.name,
         "rank": case.rank,
         "rounds": case.rounds,
-        "ways": {
-            name: {
-                "median_s": {"whole": Spread.of(own).median},
-                "steps_of_full_rank": asdict(times_faster(seconds[FULL_RANK], than=own)),
-                "kept_bytes": kept[name],
-                "seconds": rounded(own),
-            }
-            for name, own in seconds.items()
-        },
+        "ways": {name: {**way, "kept_bytes": kept[name]} for name, way in ways.items()},
+    }
+
+
+def _exactly(rounds: int) -> Plan:
+    return Plan(seconds=0.0, least=rounds, most=rounds)
+
+
+def _ways(seconds: dict[str, list[float]], compared_with: str) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "median_s": {"whole": Spread.of(own).median},
+            "steps_of_full_rank": asdict(times_faster(seconds[compared_with], than=own)),
+            "seconds": rounded(own),
+        }
+        for name, own in seconds.items()
     }
 
 
@@ -99,14 +103,8 @@ def _training(name: str, case: Case, device: torch.device) -> tuple[Callable[[],
     """A whole training step, and the bytes that its forward pass keeps."""
     torch.manual_seed(SEED)
     model = case.make().to(device)
-    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
-    tokens = torch.randint(3, size, case.batch, device=device)
-    labels = tokens[:, 0] % 2 if hasattr(model, "classifier") else tokens
+    forward = loss_of(model, case, device)
     optimizer = _optimizer(name, model, case.rank)
-
-    def forward() -> Tensor:
-        loss: Tensor = model(input_ids=tokens, labels=labels).loss
-        return loss
 
     def step() -> None:
         optimizer.zero_grad()
@@ -159,24 +157,8 @@ def _measure_convolution(channels: int, size: int, rank: int, options: Options) 
     torch.manual_seed(SEED)
     x = torch.randn(16, channels, size, size, device=options.torch_device, requires_grad=True)
     passes = {name: _passes(x, rank, **settings) for name, settings in CONVOLUTION_WAYS.items()}
-    for run_once in passes.values():
-        run_once()
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    with quiet():
-        for turn in range(3 if options.quick else 9):
-            for name in in_turn(list(passes), turn):
-                seconds[name].append(options.clock.seconds(passes[name]))
-    return {
-        "name": f"{channels}, {size} x {size}, r={rank}",
-        "ways": {
-            name: {
-                "median_s": {"whole": Spread.of(own).median},
-                "steps_of_full_rank": asdict(times_faster(seconds[UNFUSED], than=own)),
-                "seconds": rounded(own),
-            }
-            for name, own in seconds.items()
-        },
-    }
+    compared = side_by_side(passes, clock=options.clock, plan=_exactly(3 if options.quick else 9))
+    return {"name": f"{channels}, {size} x {size}, r={rank}", "ways": _ways(compared.seconds, UNFUSED)}
 
 
 def _passes(x: Tensor, rank: int, **settings: Any) -> Callable[[], None]:
@@ -198,10 +180,9 @@ def _passes(x: Tensor, rank: int, **settings: Any) -> Callable[[], None]:
 
 
 def _optimizer(name: str, model: nn.Module, rank: int) -> torch.optim.Optimizer:
-    targets = [param for own, param in model.named_parameters() if is_projected(own, param)]
-    others = [param for own, param in model.named_parameters() if not is_projected(own, param)]
     if name == FULL_RANK:
         return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    targets, others = by_kind(model)
     groups: list[dict[str, Any]] = [{"params": targets, "rank": rank}, {"params": others, "rank": None}]
     base = torch.optim.AdamW(groups, lr=1e-4, fused=True)
     settings = {"mode": "project", "update_proj_gap": NEVER, "stagger": False, **SETTINGS[name]}

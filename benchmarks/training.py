@@ -101,6 +101,26 @@ def measure(options: Options) -> tuple[Report, Figure]:
     return report, _picture(report)
 
 
+def loss_of(model: nn.Module, case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Its forward pass on one random batch."""
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    tokens = torch.randint(3, size, case.batch, device=device)
+    labels = tokens[:, 0] % 2 if isinstance(model, RobertaForSequenceClassification) else tokens
+
+    def forward() -> Tensor:
+        loss: Tensor = model(input_ids=tokens, labels=labels).loss
+        return loss
+
+    return forward
+
+
+def by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that are projected, and the others."""
+    named = list(model.named_parameters())
+    targets = [param for name, param in named if is_projected(name, param)]
+    return targets, [param for name, param in named if not is_projected(name, param)]
+
+
 def is_projected(name: str, param: Tensor) -> bool:
     """Whether a parameter of a transformer of the two families is one of its layers' matrices."""
     return param.ndim == 2 and ".layer" in name
@@ -109,18 +129,14 @@ def is_projected(name: str, param: Tensor) -> bool:
 def _measure_case(case: Case, names: list[str], options: Options) -> dict[str, Any]:
     torch.manual_seed(SEED)
     model = case.make().to(options.torch_device)
-    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
-    tokens = torch.randint(3, size, case.batch, device=options.torch_device)
-    is_classifier = isinstance(model, RobertaForSequenceClassification)
-    labels = tokens[:, 0] % 2 if is_classifier else tokens
-    targets = [param for name, param in model.named_parameters() if is_projected(name, param)]
-    others = [param for name, param in model.named_parameters() if not is_projected(name, param)]
+    forward = loss_of(model, case, options.torch_device)
+    targets, others = by_kind(model)
     # On one and the same model: what a step costs does not depend on the values, and forward and backward are shared.
     made = {name: optimizers.make(name, targets, rank=case.rank, gap=NEVER, others=others) for name in names}
 
     def backward() -> None:
         model.zero_grad()
-        model(input_ids=tokens, labels=labels).loss.backward()
+        forward().backward()
 
     backward()
     for optimizer in made.values():
