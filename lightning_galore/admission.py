@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from lightning_galore import base_probe, base_rules, dtensors, foreign_shards, saved_state, sharded_state, state_keys
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS, warn_of_idle_rounding
-from lightning_galore.sharding import Shards, common_shards
+from lightning_galore.sharding import common_shards
+from lightning_galore.shards import Shards
 from lightning_galore.storage import CODECS
 from lightning_galore.subspace import SUBSPACES
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 from lightning_galore.transforms import check_transform
 
 

@@ -15,7 +15,7 @@ from lightning_galore.bases import DrawnBases, StoredBases
 from lightning_galore.change import change_between
 from lightning_galore.distributed import Team
 from lightning_galore.refresh import REPORTED, Due, Refresh, Refresher
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 
 # How a basis is kept, as a number in the header.
 _KINDS = ("int4", "int8", "fp32", "bf16", "fp16", "fp64", "seed")

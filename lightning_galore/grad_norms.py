@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_galore.linalg import norm_sq
 from lightning_galore.low_grad import LowGrad
-from lightning_galore.sharding import Shards
+from lightning_galore.shards import Shards
 
 
 class GradNorms:

@@ -12,7 +12,7 @@ from lightning_galore import dtensors, storage
 from lightning_galore.coordinates import Coordinates
 from lightning_galore.refresh import Refresh
 from lightning_galore.subspace import Projection
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 
 
 class Accumulator:

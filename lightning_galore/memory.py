@@ -21,7 +21,7 @@ from lightning_galore.config import GaLoreConfig
 from lightning_galore.lift import LIFTS
 from lightning_galore.sharding import Sharding
 from lightning_galore.subspace import Projection
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 from lightning_galore.transforms import Transform, transform_of
 
 

@@ -32,7 +32,8 @@ from lightning_galore.low_grad import LowGrad
 from lightning_galore.projector import Projector
 from lightning_galore.proxies import Swap
 from lightning_galore.stepping import Stepper
-from lightning_galore.targets import NoTargetsError, Target, TargetTable, select_targets
+from lightning_galore.target_table import Target, TargetTable
+from lightning_galore.targets import NoTargetsError, select_targets
 from lightning_galore.watch import SubspaceControls
 from lightning_galore.wrapper import OptimizerWrapper
 
@@ -250,7 +251,7 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
 
     def is_due(self, param: Tensor) -> bool:
         """Whether the next step of a projected weight refreshes its basis."""
-        return self._projector.due(param, self._group_of(param))
+        return self._projector.turns.due(param, self._group_of(param))
 
     def waits(self, param: Tensor) -> bool:
         """Whether the next step of a projected weight wants the gradient of the whole window."""

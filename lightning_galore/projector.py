@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_galore import base_rules, linalg, memory, schedule
+from lightning_galore import base_rules, linalg, memory
 from lightning_galore.agreement import Agreement
 from lightning_galore.bases import source_of
 from lightning_galore.config import GaLoreConfig
@@ -24,11 +24,12 @@ from lightning_galore.low_grad import Accumulator, LowGrad
 from lightning_galore.moments import MOMENTS, copied_first_moment, taken_over
 from lightning_galore.rank import Extent, StateBudget
 from lightning_galore.refresh import Due, Refresh, Refresher, RefreshEvent
-from lightning_galore.schedule import SCHEDULES, Observation, RefreshRecord
+from lightning_galore.schedule import Observation
 from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState
 from lightning_galore.subspace import seeded_generator
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
+from lightning_galore.turns import Turns
 
 
 class Projector:
@@ -42,12 +43,11 @@ class Projector:
 
     def __init__(self, base: Optimizer, config: GaLoreConfig, targets: Mapping[Tensor, Target]) -> None:
         self.config = config
-        self.schedule = SCHEDULES[config.schedule](config)
         self.refresher = Refresher(base, config, self._ranks)
+        #: Whose basis is refreshed when.
+        self.turns = Turns(config, targets, self.state_of, cost=self.refresher.subspace.relative_cost)
         #: Where several processes train one model; None for one.
         self.agreement: Agreement | None = None
-        #: The weights that are due, whatever the schedule says; None asks it. For who rehearses a step.
-        self.forced: frozenset[Tensor] | None = None
         #: Whether to measure the captured energy at every step.
         self.watching = False
         self.lift = LIFTS[config.lift].build(config)
@@ -57,36 +57,17 @@ class Projector:
         self.energies: dict[Target, Tensor] = {}
         #: Told of every refresh.
         self.listeners: list[Callable[[RefreshEvent], None]] = []
-        self._places: dict[Target, tuple[int, int]] = {}
         self._shardings: dict[Tensor, Sharding | None] = {}
         self._standing_in: dict[Tensor, Refresh] = {}
         self._budgeted: set[Tensor] = set()
 
-    def reschedule(self, config: GaLoreConfig) -> None:
-        """Decide by another schedule from now on; what the weights' records hold stays."""
-        self.config = config
-        self.schedule = SCHEDULES[config.schedule](config)
-        self._places.clear()
-
     def arrange(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Stagger the refreshes of weights that have no place yet, and divide the budget among all.
+        """Give weights that came later their turns, and divide the budget among all.
 
         Args:
             groups: The param groups, for the gap of each weight.
         """
-        new = {
-            param: self._gap(group)
-            for group in groups
-            for param in group["params"]
-            if param in self._targets and self._targets[param] not in self._places
-        }
-        # Frozen weights take no turn from those that train; they get their own, for when they are unfrozen.
-        for trains in (True, False) if self.config.stagger else ():
-            gaps = {self._targets[param]: gap for param, gap in new.items() if param.requires_grad is trains}
-            works = [math.prod(target.projection.shape) * float(target.projection.rank) for target in gaps]
-            cost = self.refresher.subspace.relative_cost
-            places = schedule.staggered(works, list(gaps.values()), cost=cost, share=self.config.refresh_share)
-            self._places.update(zip(gaps, places, strict=True))
+        self.turns.arrange(groups)
         if self.config.state_budget is not None and self._targets.keys() != self._budgeted:
             self._divide_budget(self.config.state_budget)
 
@@ -101,15 +82,6 @@ class Projector:
         # Weights that come later may not fit any more: a run that goes well is not ended for that.
         self.refresher.budget = StateBudget(limit, extents, strict=not self._budgeted)
         self._budgeted = set(self._targets)
-
-    def together(self) -> list[Tensor]:
-        """The weights that refresh in the fullest step of the schedule, once each has its first basis."""
-        if not self.config.stagger:
-            return list(self._targets)
-        sharing: dict[int, list[Tensor]] = {}
-        for param, target in self._targets.items():
-            sharing.setdefault(self._places.get(target, (0, 0))[1], []).append(param)
-        return max(sharing.values(), key=lambda params: sum(param.numel() for param in params), default=[])
 
     def forget(self) -> None:
         """No refresh waits for its step any more."""
@@ -176,29 +148,9 @@ class Projector:
         orthonormal = self.refresher.subspace.orthonormal
         return WeightState(state, target.projection, orthonormal=orthonormal, device=device)
 
-    def record_of(self, param: Tensor, group: Mapping[str, Any]) -> RefreshRecord:
-        """What the schedule knows of a projected weight.
-
-        Args:
-            param: The weight.
-            group: Its param group, whose ``update_proj_gap`` wins over the configuration's.
-        """
-        place = self._places.get(self._targets[param], (0, 0)) if self.config.stagger else None
-        return self.state_of(param).record(self._gap(group), place=place)
-
-    def due(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the weight's next step refreshes its basis."""
-        if self.forced is not None:
-            return param in self.forced
-        state = self.state_of(param)
-        return state.drawn_elsewhere or self.schedule.due(state.step, self.record_of(param, group))
-
     def waits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the weight's next step wants the whole window's gradient: for a basis, its energy, or the lift."""
-        if self.lift.needs_grad or self.due(param, group):
-            return True
-        step = self.state_of(param).step
-        return self.schedule.needs_energy and self.schedule.measures(step, self.record_of(param, group))
+        return self.lift.needs_grad or self.turns.due(param, group) or self.turns.measures(param, group)
 
     def prepare(self, param: Tensor, group: Mapping[str, Any], *, due: bool) -> LowGrad:
         """Project ``param.grad`` ``(m, n)``, with a new basis if one is due. Changes nothing but what it returns."""
@@ -221,9 +173,7 @@ class Projector:
         stored = refresh.bases if refresh and refresh.bases else state.bases_of(projection)
         coordinates = Coordinates(projection.with_rank(stored.rank), stored, sharding, dtype=grad.dtype)
         low = coordinates.project(grad)
-        decides = bool(refresh and refresh.found) or (
-            self.schedule.needs_energy and self.schedule.measures(state.step, self.record_of(param, group))
-        )
+        decides = bool(refresh and refresh.found) or self.turns.measures(param, group)
         energy = (linalg.norm(low) / linalg.norm(grad)).square() if decides or self.watching else None
         if energy is not None and decides and self.agreement is not None:
             energy = self.agreement.agree(energy)
@@ -322,10 +272,11 @@ class Projector:
         if refresh is None and low_grad.energy is None:  # an ordinary step shows nothing
             state.count_step()
             return
-        before = self.record_of(param, group)
+        turns = self.turns
+        before = turns.record_of(param, group)
         found = refresh is not None and refresh.found
         energy = -1.0
-        if low_grad.energy is not None and (found or self.schedule.measures(state.step, before)):
+        if low_grad.energy is not None and (found or turns.schedule.measures(state.step, before)):
             energy = float(low_grad.energy)
         seen = Observation(refreshed=found, energy=energy if math.isfinite(energy) else -1.0)
         if refresh is not None:
@@ -334,18 +285,15 @@ class Projector:
             self.refresher.forget(low_grad.target)
         if low_grad.energy is not None:
             self.energies[low_grad.target] = low_grad.energy
-        after = self.schedule.note(state.step, before, seen)
+        after = turns.schedule.note(state.step, before, seen)
         if refresh is not None or after != before:
-            state.keep_record(after, staggered=bool(self.config.stagger))
+            state.keep_record(after, staggered=turns.staggers)
         if refresh is not None and refresh.due:
-            event = _event(low_grad, refresh, state.step, self.schedule.gap_of(after), seen)
+            event = _event(low_grad, refresh, state.step, turns.schedule.gap_of(after), seen)
             for listener in self.listeners:
                 listener(event)
         if not low_grad.skips:
             state.count_step()
-
-    def _gap(self, group: Mapping[str, Any]) -> int:
-        return group.get("update_proj_gap") or self.config.gap
 
     def _ranks(self) -> dict[Target, int]:
         states = {target: self.state_of(param) for param, target in self._targets.items()}

@@ -21,7 +21,7 @@ from lightning_galore.rank import RANK_RULES, StateBudget
 from lightning_galore.sharding import Sharding
 from lightning_galore.state_keys import WeightState
 from lightning_galore.subspace import SUBSPACES, Found, Known, RandomOrthonormal, Side, seeded_generator
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 
 #: Singular values that a refresh reports, for the pictures of ``lightning-galore report``.
 REPORTED = 16

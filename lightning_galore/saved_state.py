@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_galore import state_keys, storage
 from lightning_galore.subspace import SIDE_CODES
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 
 
 def check_loadable(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_galore import dtensors, state_keys
 from lightning_galore.sharding import Sharding
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 
 
 def placed_state_dict(

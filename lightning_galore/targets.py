@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights are projected, and why each was taken or not: the table that the user sees."""
+"""Which weights are projected: by names, classes, shapes and param groups."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_galore.config import CLASS_PREFIX, GaLoreConfig, names
 from lightning_galore.geometry import projection_of
-from lightning_galore.subspace import Projection
+from lightning_galore.target_table import Target, TargetRow, TargetTable
 
 # What the last layer is called in Transformers, timm, torchvision and fairseq; compared with whole parts of a name.
 HEAD_NAMES = frozenset(
@@ -37,76 +35,6 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 class NoTargetsError(ValueError):
     """No weight at all would be projected."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A weight that is projected.
-
-    Args:
-        name: The parameter's name in the model, without what ``torch.compile`` adds.
-        projection: Its side, rank and shapes.
-    """
-
-    name: str
-    projection: Projection
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetRow:
-    """One parameter of the table: taken with a target, or left full-rank for a reason."""
-
-    name: str
-    shape: tuple[int, ...]
-    target: Target | None
-    reason: str = ""
-    state_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class TargetTable:
-    """Every parameter with what happens to it; ``str`` of it is a readable table."""
-
-    rows: tuple[TargetRow, ...]
-
-    @property
-    def taken(self) -> list[TargetRow]:
-        """The projected weights."""
-        return [row for row in self.rows if row.target]
-
-    def with_bytes(self, held: Mapping[Target, int]) -> TargetTable:
-        """The table with the bytes of each target's state."""
-        rows = (replace(row, state_bytes=held.get(row.target)) if row.target else row for row in self.rows)
-        return TargetTable(tuple(rows))
-
-    @override
-    def __str__(self) -> str:
-        lines = [("parameter", "shape", "side", "rank", "state bytes", "why not")]
-        for row in self.rows:
-            projection = row.target.projection if row.target else None
-            lines.append(
-                (
-                    row.name,
-                    "x".join(map(str, row.shape)) or "scalar",
-                    projection.side if projection else "-",
-                    projection.label if projection else "-",
-                    "-" if row.state_bytes is None else f"{row.state_bytes:,}",
-                    row.reason,
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], self.summary()])
-
-    def summary(self) -> str:
-        """One line: how much is projected, and what its state takes."""
-        weights = sum(math.prod(row.shape) for row in self.taken)
-        total = sum(math.prod(row.shape) for row in self.rows)
-        text = f"{len(self.taken)} of {len(self.rows)} parameters are projected, {weights:,} of {total:,} entries"
-        held = [row.state_bytes for row in self.taken if row.state_bytes is not None]
-        return f"{text}; low-rank state {_readable(sum(held))}." if held else f"{text}."
 
 
 def clean_name(name: str) -> str:
@@ -280,10 +208,6 @@ def _no_targets_message(table: TargetTable, selector: Selector) -> str:
         + (f"Linear modules here: {linear}. " if linear else "There is no nn.Linear here. ")
         + "Name modules that hold matrices larger than the rank, or lower the rank."
     )
-
-
-def _readable(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 def _matches(patterns: str | type | Sequence[str | type], name: str, module: nn.Module, argument: str) -> bool:

@@ -15,7 +15,7 @@ from lightning_galore.config import SCHEDULE_SETTINGS, GaLoreConfig
 from lightning_galore.projector import Projector
 from lightning_galore.refresh import RefreshEvent
 from lightning_galore.subspace import Side
-from lightning_galore.targets import Target, TargetTable
+from lightning_galore.target_table import Target, TargetTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def statuses(
     """
     found = []
     for param, group in groups.items():
-        target, state, record = targets[param], projector.state_of(param), projector.record_of(param, group)
+        target, state, record = targets[param], projector.state_of(param), projector.turns.record_of(param, group)
         low = storage.nbytes([state.own, state.lift_entries, state.transform_entries])
         low += state.bases.nbytes if state.has_bases else 0
         full = memory.full_rank_bytes(state.own, state.projection)
@@ -86,7 +86,7 @@ def statuses(
                 refreshed_at=record.refreshed_at,
                 num_refreshes=record.num_refreshes,
                 num_failures=state.num_failures,
-                gap=projector.schedule.gap_of(record),
+                gap=projector.turns.schedule.gap_of(record),
                 overlap=record.overlap if record.overlap >= 0 else None,
                 energy_at_refresh=state.energy if state.energy >= 0 else None,
                 energy=projector.energies.get(target),
@@ -127,7 +127,7 @@ class SubspaceControls:
             config.for_group(group)  # a gap of its own must lie within the bounds too
         for optimizer in (self, getattr(self, "_optimizer", self)):  # a LightningOptimizer keeps attributes of its own
             vars(optimizer)["config"] = config
-        self._projector.reschedule(config)
+        self._projector.turns.reschedule(config)
         self._projector.arrange(self.param_groups)
 
     def watch(self, watching: bool = True) -> None:
@@ -140,11 +140,11 @@ class SubspaceControls:
         Args:
             params: The weights that are due at every step; None asks the schedule again.
         """
-        self._projector.forced = None if params is None else frozenset(params)
+        self._projector.turns.forced = None if params is None else frozenset(params)
 
     def refreshing_together(self) -> list[Tensor]:
         """The weights that refresh in the fullest step of the schedule, once each has its first basis."""
-        return self._projector.together()
+        return self._projector.turns.together()
 
     def on_refresh(self, listener: Callable[[RefreshEvent], None]) -> Callable[[], None]:
         """Tell ``listener`` of every refresh from now on, when its step has been taken.

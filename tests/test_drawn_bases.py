@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_galore import GaLoreOptimizer, bases
 from lightning_galore.bases import DRAWN_BYTES, UNIT, DrawnBases, source_of
-from lightning_galore.sharding import Sharding, Shards
+from lightning_galore.sharding import Sharding
+from lightning_galore.shards import Shards
 from lightning_galore.state_keys import BASIS, SOURCE
 from lightning_galore.subspace import SUBSPACES, Projection, seeded_generator
 from tests.helpers import Matrices, TinyTransformer, assert_orthonormal, same_bits, train

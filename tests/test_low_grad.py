@@ -14,7 +14,7 @@ from lightning_galore.coordinates import Coordinates
 from lightning_galore.low_grad import Accumulator, LowGrad, clip_
 from lightning_galore.storage import INT8
 from lightning_galore.subspace import Projection
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 from tests.helpers import same_bits
 
 SHAPE, RANK = (48, 40), 4

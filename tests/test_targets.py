@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lightning_galore import GaLoreConfig, GaLoreOptimizer, storage
-from lightning_galore.targets import NoTargetsError, TargetTable, clean_name, select_targets
+from lightning_galore.target_table import TargetTable
+from lightning_galore.targets import NoTargetsError, clean_name, select_targets
 from tests.helpers import Matrices, TinyTransformer, train
 
 EMBEDDING = "embedding, or tied to one (taken where a pattern names only embeddings)"

@@ -19,7 +19,7 @@ from lightning_galore.planner.fakes import Job, fake_batch, fake_copy, fake_mode
 from lightning_galore.planner.tracker import MemoryTracker, Moment
 from lightning_galore.planner.watching import Watcher
 from lightning_galore.subspace import TuckerProjection
-from lightning_galore.targets import Target
+from lightning_galore.target_table import Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,8 @@ from lightning_galore.strategies.backward_modes import BackwardModes
 from lightning_galore.strategies.checks import check_backward_mode, warn_of_small_weights
 from lightning_galore.strategies.int8_weights import check_optimizers, prepare_to_load, prepare_to_train
 from lightning_galore.strategies.sharded_files import consolidated
-from lightning_galore.targets import NoTargetsError, TargetTable
+from lightning_galore.target_table import TargetTable
+from lightning_galore.targets import NoTargetsError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_galore.config import GaLoreConfig, Rank
 from lightning_galore.optimizer import GaLoreOptimizer
-from lightning_galore.targets import TargetTable
+from lightning_galore.target_table import TargetTable
 
 
 def check_backward_mode(

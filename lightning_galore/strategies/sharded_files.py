@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from lightning_galore import dtensors, saved_state, sharded_state, state_keys
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.sharding import Sharding
-from lightning_galore.targets import Target, clean_name
+from lightning_galore.target_table import Target
+from lightning_galore.targets import clean_name
 
 PREFIX = "optimizer_"
 
