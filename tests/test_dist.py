@@ -92,7 +92,7 @@ def test_the_sdist_is_the_tree_without_what_runs_leave(dist: Path) -> None:
     assert path.stat().st_size < 4e6
     assert {"README.md", "LICENSE", "SECURITY.md", "Makefile", "constraints.txt", "mkdocs.yml", "PKG-INFO"} <= names
     assert {name.partition("/")[0] for name in names if "/" in name} == {
-        *("lightning_galore", "tests", "docs", "recipes", "benchmarks")
+        *("lightning_galore", "tests", "docs", "recipes", "benchmarks", "examples")
     }
     left = re.compile(r"__pycache__|\.pyc$|\.ckpt$|lightning_logs|(^|/)\.(?!gitignore)|\.egg-info")
     assert [name for name in names if left.search(name)] == []
