@@ -50,7 +50,7 @@ CHARTS = (
         "drift_map",
         "Drift of each weight",
         "Each cell is the time between two refreshes of a weight, coloured by how far its subspace turned in it: "
-        "dark stayed, bright was replaced. Grey has no value.",
+        "dark stayed, bright was replaced. Grey has no value: before the first refresh of a weight and after its last.",
         draw_drift_map,
     ),
     Chart(

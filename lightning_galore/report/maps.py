@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lightning_galore.report.lines import SCHEDULER
 from lightning_galore.report.read import RunLog
-from lightning_galore.report.series import by_weight, history, raster
-from lightning_galore.report.style import Drawn, Missing, Theme, canvas, log_axis, step_axis, text
+from lightning_galore.report.series import Stretches, by_weight, drift_in_time, raster
+from lightning_galore.report.style import Drawn, Missing, Theme, canvas, log_axis, note, step_axis, text
 
 _EVERY_NAME = 40
 _MOST_NAMES = 34
@@ -58,29 +58,49 @@ def blocks(names: list[str]) -> list[tuple[int, str]]:
 
 
 def draw_drift_map(log: RunLog, theme: Theme) -> Drawn:
-    """Drift of each weight at each refresh."""
-    found = history(log, lambda refresh: refresh.drift, "galore_drift")
-    if not found:
+    """Drift of each weight from refresh to refresh."""
+    found = drift_in_time(log)
+    if not any(found.values()):
         twice = "A drift needs two refreshes of a weight: train for more than one update_proj_gap. "
         raise Missing(
             "No refresh has an overlap with the one before it, and no galore_drift/<weight> was logged.",
             (twice if log.refreshes else "") + SCHEDULER,
         )
-    start = min([refresh.step for refresh in log.refreshes], default=0.0)
-    edges, rows = raster(found, start)
+    edges, rows = raster(found)
     figure, (ax,) = canvas(height=_height(len(rows)))
     mesh = _mesh(ax, edges, rows, Normalize(0, 1), theme)
     _name_rows([ax], short_names(list(found)), theme)
     step_axis(ax, "optimizer step" if log.refreshes else "step")
     _colorbar(figure, mesh, [ax], "drift (1 − overlap)", _height(len(rows)))
-    last = {name: points[-1][1] for name, points in found.items()}
+    without = _without_drift(log, found)
+    if any(math.isnan(value) for row in rows for value in row):
+        said = "No value: before the first refresh of a weight and after its last."
+        note(figure, theme, " ".join([said, *without]), empty=True)
+    last = {name: stretches[-1][2] for name, stretches in found.items() if stretches}
     most, least = max(last, key=lambda name: last[name]), min(last, key=lambda name: last[name])
     return Drawn(
         figure,
         f"Heat map of the drift of {len(found)} weights over {len(edges) - 1} intervals, from step {edges[0]:,.0f} to "
-        f"{edges[-1]:,.0f}. At the last refresh {most} drifted most ({last[most]:.2f}) and {least} least "
-        f"({last[least]:.2f}).",
+        f"{edges[-1]:,.0f}. At its last refresh {most} drifted most ({last[most]:.2f}) and {least} least "
+        + " ".join([f"({last[least]:.2f}).", *without]),
     )
+
+
+def _without_drift(log: RunLog, found: Stretches) -> list[str]:
+    """Why rows are empty, in sentences."""
+    refreshes = {key: sum(refresh.found for refresh in some) for key, some in by_weight(log).items()}
+    once = sum(not stretches and refreshes[key] < 2 for key, stretches in found.items())
+    other = sum(not stretches for stretches in found.values()) - once
+    said = []
+    if once:
+        said.append(f"{once} of {len(found)} weights {_was(once)} refreshed only once, which gives no drift yet.")
+    if other:
+        said.append(f"{other} of {len(found)} weights {_was(other)} refreshed without an overlap in the log.")
+    return said
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 def draw_spectrum(log: RunLog, theme: Theme) -> Drawn:
@@ -94,15 +114,47 @@ def draw_spectrum(log: RunLog, theme: Theme) -> Drawn:
             found[name] = (spectra[0], middle, spectra[-1] if len(spectra) > 1 else [])
     if not found:
         raise Missing("galore_refreshes.csv was not found or has no singular values.", SCHEDULER)
-    draw = _panels if len(found) <= _MOST_PANELS else _three_maps
+    moments = [moment for index, moment in enumerate(_MOMENTS) if any(three[index] for three in found.values())]
+    missing = _without_spectrum(found, weights=len(by_weight(log)))
+    maps = len(found) > _MOST_PANELS
+    figure = (_moment_maps if maps else _panels)(found, moments, theme)
+    if missing:
+        # Of a panel without a line no more can be seen than that; a map has rows without a value.
+        empty = maps and any(not three[_MOMENTS.index(moment)] for three in found.values() for moment in moments)
+        note(figure, theme, " ".join(missing), empty=empty)
     flat = {name: kept[-1] / kept[0] for name, three in found.items() if (kept := three[2] or three[0])}
     steep, level = min(flat, key=lambda name: flat[name]), max(flat, key=lambda name: flat[name])
     return Drawn(
-        draw(found, theme),
-        f"Singular values of the projected gradients of {len(found)} weights, divided by the largest, at the first, "
-        f"middle and last refresh. At last the spectrum of {steep} falls most, to {flat[steep]:.2g} of its largest, "
-        f"and that of {level} least, to {flat[level]:.2g}.",
+        figure,
+        f"Singular values of the projected gradients of {len(found)} weights, divided by the largest, at the "
+        f"{' and '.join(', '.join(moments).rsplit(', ', 1))} refresh. At last the spectrum of {steep} falls most, to "
+        f"{flat[steep]:.2g} of its largest, and that of {level} least, to "
+        + " ".join([f"{flat[level]:.2g}.", *missing]),
     )
+
+
+def _without_spectrum(found: Spectra, *, weights: int) -> list[str]:
+    """What cannot be drawn, in sentences."""
+    once = sum(not last for _, _, last in found.values())
+    twice = sum(bool(last) and not middle for _, middle, last in found.values())
+    said = []
+    if once == len(found):
+        said.append("Of each weight there is one refresh so far, so no middle and no last one.")
+    else:
+        if once:
+            said.append(f"{once} of {len(found)} weights {_was(once)} refreshed once and {_has(once)} no last refresh.")
+        if once + twice == len(found):
+            said.append("No weight was refreshed three times, so there is no middle refresh.")
+        elif once + twice:
+            said.append(f"{once + twice} {_was(once + twice)} refreshed less than three times: no middle refresh.")
+    if weights > len(found):
+        left = weights - len(found)
+        said.append(f"{left} of {weights} weights {_has(left)} no singular values in the log and no place here.")
+    return said
+
+
+def _has(count: int) -> str:
+    return "has" if count == 1 else "have"
 
 
 def _normalised(spectrum: tuple[float, ...]) -> list[float]:
@@ -112,7 +164,7 @@ def _normalised(spectrum: tuple[float, ...]) -> list[float]:
     return [kept for value in spectrum if (kept := value / spectrum[0]) > 1e-12]
 
 
-def _panels(found: Spectra, theme: Theme) -> Figure:
+def _panels(found: Spectra, moments: list[str], theme: Theme) -> Figure:
     """One panel a weight."""
     columns = min(len(found), 4)
     rows = math.ceil(len(found) / columns)
@@ -133,28 +185,28 @@ def _panels(found: Spectra, theme: Theme) -> Figure:
         ax.set_visible(False)
     for ax in axes[max(len(found) - columns, 0) : len(found)]:
         ax.tick_params(labelbottom=True)
-    figure.supxlabel("index of the singular value", fontsize=9)
+        ax.set_xlabel("index of singular value", fontsize=8.0)
     figure.supylabel("share of the largest", fontsize=9)
-    ordered = [moment for moment in _MOMENTS if moment in lines]
-    figure.legend([lines[m] for m in ordered], [f"{m} refresh" for m in ordered], loc="outside upper left", ncols=3)
+    figure.legend([lines[m] for m in moments], [f"{m} refresh" for m in moments], loc="outside upper left", ncols=3)
     return figure
 
 
-def _three_maps(found: Spectra, theme: Theme) -> Figure:
+def _moment_maps(found: Spectra, moments: list[str], theme: Theme) -> Figure:
     """One row a weight, for more weights than panels have room."""
     height = _height(len(found))
-    figure, axes = canvas(3, height=height, sharey=True)
+    figure, axes = canvas(len(moments), height=height, sharey=True)
     width = max(len(spectrum) for spectra in found.values() for spectrum in spectra)
     scale = LogNorm(max(min(_lowest(found), 0.1), _FLOOR), 1.0, clip=True)
     edges = [place + 0.5 for place in range(width + 1)]
-    for index, (ax, moment) in enumerate(zip(axes, _MOMENTS, strict=True)):
-        rows = [spectra[index] + [math.nan] * (width - len(spectra[index])) for spectra in found.values()]
-        mesh = _mesh(ax, edges, rows, scale, theme)
+    meshes = []
+    for ax, moment in zip(axes, moments, strict=True):
+        shown = [spectra[_MOMENTS.index(moment)] for spectra in found.values()]
+        rows = [spectrum + [math.nan] * (width - len(spectrum)) for spectrum in shown]
+        meshes.append(_mesh(ax, edges, rows, scale, theme))
         ax.set_title(f"{moment} refresh")
         ax.set_xlabel("index of the singular value")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        if index == len(_MOMENTS) - 1:
-            _colorbar(figure, mesh, axes, "share of the largest", height)
+    _colorbar(figure, meshes[-1], axes, "share of the largest", height)
     _name_rows(axes, short_names(list(found)), theme)
     return figure
 

@@ -17,6 +17,9 @@ MOST_COLUMNS = 240
 #: The events of each weight, by ascending step: (step, value).
 History = dict[str, list[tuple[float, float]]]
 
+#: What was said of stretches of time, by weight: (from, to, value).
+Stretches = dict[str, list[tuple[float, float, float]]]
+
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts ``layer.10`` after ``layer.9``.
@@ -128,31 +131,54 @@ def _at_most(steps: list[float], most: int) -> list[float]:
     return [steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)]
 
 
-def raster(found: History, start: float) -> tuple[list[float], list[list[float]]]:
-    """A picture of weights by time. A cell holds what the refresh at its end, or the next one after, said.
+def drift_in_time(log: RunLog) -> Stretches:
+    """The drift of each weight with the time in which it came about: from the refresh before to its own.
+
+    A weight of the table that has no drift yet has its place, and no stretch. Without a table the series of
+    ``galore_drift/<weight>`` stand in, and a stretch lasts from one log to the next.
+    """
+    logged = sorted({step for series in log.series.values() for step in series.steps})
+    begin = min([*logged[:1], *(refresh.step for refresh in log.refreshes)], default=0.0)
+    found: Stretches = {}
+    for key, refreshes in by_weight(log).items():
+        found[key], since = [], None
+        for refresh in refreshes:
+            if refresh.drift is not None:
+                # Nothing before it: the run was resumed, and the refresh before stands in an older log.
+                left = min(begin, refresh.step - 1) if since is None else since
+                found[key].append((left, refresh.step, refresh.drift))
+            if refresh.found:  # else the basis stayed
+                since = refresh.step
+    if any(found.values()):
+        return found
+    for key, points in history(log, lambda refresh: refresh.drift, "galore_drift").items():
+        first = points[0][0]
+        before = bisect_left(logged, first)
+        lefts = [logged[before - 1] if before else first - 1, *(step for step, _ in points)]
+        found[key] = [(left, right, value) for left, (right, value) in zip(lefts, points, strict=False)]
+    return found
+
+
+def raster(found: Stretches) -> tuple[list[float], list[list[float]]]:
+    """A picture of weights by time.
 
     Args:
-        found: The events of each weight.
-        start: Where time begins: the step of the first refresh.
+        found: The stretches of each weight; one at least has some.
 
     Returns:
-        The edges of the columns, and one row a weight; NaN after a weight's last event.
+        The edges of the columns, at most ``MOST_COLUMNS`` + 1, and one row a weight: the mean of what was said of the
+        time of a column, NaN where nothing was.
     """
-    ends = sorted({step for points in found.values() for step, _ in points if step > start})
-    if not ends:
-        ends = [start + 1]
-    edges = [start, *_at_most(ends, MOST_COLUMNS)]
-    return edges, [_row(points, edges) for points in found.values()]
+    edges = sorted({edge for stretches in found.values() for left, right, _ in stretches for edge in (left, right)})
+    edges = _at_most(edges, MOST_COLUMNS + 1)
+    return edges, [_row(stretches, edges) for stretches in found.values()]
 
 
-def _row(points: list[tuple[float, float]], edges: list[float]) -> list[float]:
-    steps = [step for step, _ in points]
-    row = []
-    for left, right in zip(edges, edges[1:]):  # noqa: B905  # the second is shorter by one
-        inside = points[bisect_right(steps, left) : bisect_right(steps, right)]
-        after = bisect_left(steps, right)
-        if inside:
-            row.append(fmean(value for _, value in inside))
-        else:
-            row.append(points[after][1] if after < len(points) else math.nan)
-    return row
+def _row(stretches: list[tuple[float, float, float]], edges: list[float]) -> list[float]:
+    sums, widths = [0.0] * (len(edges) - 1), [0.0] * (len(edges) - 1)
+    for left, right, value in stretches:
+        for column in range(bisect_right(edges, left) - 1, bisect_left(edges, right)):
+            width = min(right, edges[column + 1]) - max(left, edges[column])
+            sums[column] += width * value
+            widths[column] += width
+    return [total / width if width else math.nan for total, width in zip(sums, widths, strict=True)]

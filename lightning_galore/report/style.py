@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 DPI = 150
@@ -189,6 +191,20 @@ def legend(ax: Axes, handles: list[Any], labels: list[str]) -> None:
         ncols=min(columns, len(labels)),
         fontsize=8.5,
         columnspacing=1.4,
+    )
+
+
+def note(figure: Figure, theme: Theme, said: str, *, empty: bool) -> None:
+    """A line below all axes, behind a patch of the colour of cells without data if there are any (``empty``)."""
+    handle = Patch(facecolor=theme.empty) if empty else Line2D([], [], linestyle="none")
+    figure.legend(
+        [handle],
+        [fill(said, 128)],
+        loc="outside lower left",
+        fontsize=8.0,
+        labelcolor=theme.muted,
+        handlelength=1.4 if empty else 0.0,
+        handletextpad=0.6 if empty else 0.0,
     )
 
 

@@ -14,6 +14,7 @@ from lightning_galore.report.read import Series, read_log
 from lightning_galore.report.series import (
     MOST_COLUMNS,
     by_weight,
+    drift_in_time,
     history,
     natural,
     quantiles,
@@ -229,16 +230,39 @@ def test_between_refreshes_a_value_holds() -> None:
     assert (low, median, high) == ([1, 1, 3], [1, 3, 4], [1, 5, 5])
 
 
-def test_a_cell_of_the_map_says_what_the_refresh_at_its_end_said() -> None:
-    edges, rows = raster({"a": [(10, 0.5), (30, 0.1)], "b": [(20, 0.9)]}, 0)
+def test_a_drift_is_that_of_the_time_between_two_refreshes(tmp_path: Path) -> None:
+    rows = "0,0,a,,,2,50,,,1,\r\n10,0,b,,,2,50,,,1,\r\n12,0,c,,,2,50,,,1,\r\n20,0,a,,,2,50,0.9,,1,\r\n"
+    rows += "30,0,a,,,2,50,,,0,\r\n40,0,a,,,2,50,0.7,,1,\r\n44,0,b,,,2,50,0.5,,1,\r\n"
+    found = drift_in_time(read_log(locate(refreshes(tmp_path, rows))))
+    assert found == {
+        "a": [(0, 20, pytest.approx(0.1)), (20, 40, pytest.approx(0.3))],  # at 30 no basis was found: the old one stays
+        "b": [(10, 44, 0.5)],
+        "c": [],
+    }
+
+
+def test_a_drift_after_a_resume_begins_where_the_log_does(tmp_path: Path) -> None:
+    rows = "510,0,a,,,2,50,0.5,,1,\r\n530,0,b,,,2,50,0.5,,1,\r\n"
+    refreshes(metrics(tmp_path, "step,train_loss\r\n505,2.0\r\n"), rows)
+    assert drift_in_time(read_log(locate(tmp_path))) == {"a": [(505, 510, 0.5)], "b": [(505, 530, 0.5)]}
+
+
+def test_a_drift_of_which_there_is_no_table_lasts_from_log_to_log(tmp_path: Path) -> None:
+    metrics(tmp_path, "galore_drift/a,step,train_loss\r\n,9,2\r\n,19,2\r\n0.5,29,2\r\n0.25,39,2\r\n")
+    assert drift_in_time(read_log(locate(tmp_path))) == {"a": [(19, 29, 0.5), (29, 39, 0.25)]}
+
+
+def test_a_cell_of_the_map_says_what_was_said_of_its_time() -> None:
+    edges, rows = raster({"a": [(0, 10, 0.5), (10, 30, 0.125)], "b": [(10, 20, 0.75)], "c": []})
     assert edges == [0, 10, 20, 30]
-    assert rows[0] == [0.5, 0.1, 0.1]
-    assert rows[1][:2] == [0.9, 0.9]
-    assert math.isnan(rows[1][2])  # not refreshed since
+    assert rows[0] == [0.5, 0.125, 0.125]
+    assert [math.isnan(value) for value in rows[1]] == [True, False, True]  # not yet refreshed, not refreshed since
+    assert rows[1][1] == 0.75
+    assert all(math.isnan(value) for value in rows[2])
 
 
 def test_a_map_of_many_refreshes_has_as_many_columns_as_can_be_seen() -> None:
-    edges, (row,) = raster({"a": [(float(i), i % 2) for i in range(1, 10_001)]}, 0)
+    edges, (row,) = raster({"a": [(float(i - 1), float(i), i % 2) for i in range(1, 10_001)]})
     assert len(edges) == MOST_COLUMNS + 1
     assert (edges[0], edges[-1]) == (0, 10_000)
     assert row[5] == pytest.approx(0.5, abs=0.02)  # the mean of what a cell covers
