@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Charts of a run from its logs, as pictures and as one HTML page.
 
-The readers (``find``, ``read``, ``series``) know no drawing, the charts (``lines``, ``costs``, ``maps``) no files, and
-only ``write`` writes. matplotlib is imported when the first report is written.
+The readers (``find``, ``choose``, ``read``, ``series``) know no drawing, the charts (``lines``, ``costs``, ``maps``) no
+files, and only ``write`` writes. matplotlib is imported when the first report is written.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from typing_extensions import override
 
+from lightning_galore.report.choose import choose
 from lightning_galore.report.find import ReportError, Sources, locate
-from lightning_galore.report.read import read_log
 from lightning_galore.report.write import PAGE, check_target, write_files
 
 __all__ = ["ReportError", "ReportFiles", "write_report"]
@@ -46,8 +46,8 @@ class ReportFiles:
         """A few lines for a terminal."""
         lines = [
             f"{self.page}: {len(self.charts)} charts of {self.source}",
-            *(f"not drawn: {name}. {why}" for name, why in self.missing.items()),
             *(f"note: {text}" for text in self.notes),
+            *(f"not drawn: {name}. {why}" for name, why in self.missing.items()),
         ]
         return "\n".join(lines)
 
@@ -59,7 +59,7 @@ def write_report(run_dir: Path, out: Path | None = None, *, overwrite: bool = Fa
     missing is left out, and the page says how to log it.
 
     Args:
-        run_dir: The folder of a run, or of several: then the newest ``version_*`` is taken.
+        run_dir: The folder of a run, or of several: then the newest ``version_*`` with something to draw is taken.
         out: Where to write ``index.html`` and a PNG for each chart; the folder ``report`` in ``run_dir`` by default. A
             report that stands there is replaced.
         overwrite: Write into ``out`` also if it holds something else. Other files in it stay.
@@ -81,22 +81,17 @@ def write_report(run_dir: Path, out: Path | None = None, *, overwrite: bool = Fa
         )
     run_dir = Path(run_dir).resolve()
     target = (run_dir / "report" if out is None else Path(out)).resolve()
-    sources = locate(run_dir)
+    runs = locate(run_dir)
     check_target(run_dir, target, overwrite=overwrite)
-    log = read_log(sources)
     # The charts import matplotlib.
     from lightning_galore.report.charts import CHARTS, draw_all
     from lightning_galore.report.page import render
 
-    sections = draw_all(log)
+    chosen = choose(runs, run_dir, draw_all)
+    sources, log, sections = chosen.sources, chosen.log, chosen.sections
+    log.notes[:0] = [chosen.note] if chosen.note else []
     pictures = {f"{section.slug}.png": section.light for section in sections if section.light is not None}
     missing = {section.title: section.why for section in sections if section.light is None}
-    if not pictures:
-        raise ReportError(
-            f"The logs in {sources.folder} hold nothing to draw. "
-            + " ".join(f"{section.title}: {section.why} {section.remedy}" for section in sections[:3])
-            + " ".join(["", *log.notes])
-        )
     page = render(
         name=str(Path(run_dir.name) / sources.folder.relative_to(run_dir)),
         origin=_origin(sources, run_dir),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a folder are the logs of one run."""
+"""Which files of a folder are the logs of one run, and which run is newer than another."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Sources:
         metrics: ``metrics.csv`` of Lightning's CSVLogger.
         events: TensorBoard event files, read where there is no ``metrics.csv``.
         refreshes: ``galore_refreshes.csv``, one row a refresh of a subspace.
+        without_log: Newer ``version_*`` beside it that hold no log at all.
         notes: What else was found and left out, for the reader of the report.
     """
 
@@ -36,17 +38,21 @@ class Sources:
     metrics: Path | None
     events: tuple[Path, ...]
     refreshes: Path | None
-    notes: tuple[str, ...]
+    without_log: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def locate(run_dir: Path) -> Sources:
-    """Find the logs of the newest run under ``run_dir``.
+def locate(run_dir: Path) -> list[Sources]:
+    """Find the logs of the runs under ``run_dir``, the newest first.
 
-    ``run_dir`` is taken by itself if it holds a log. Otherwise the ``version_*`` with the highest number wins, and
+    ``run_dir`` itself comes first if it holds a log. Otherwise it is the ``version_*`` with the highest number, and
     between several experiments the one that was written last.
 
     Args:
         run_dir: The folder of a run, or of several.
+
+    Returns:
+        One at least.
 
     Raises:
         FileNotFoundError: If it is not a folder.
@@ -72,21 +78,19 @@ def locate(run_dir: Path) -> Sources:
             f"files and {REFRESHES}. Log with Trainer(logger=CSVLogger({str(run_dir)!r}), "
             f"callbacks=[SubspaceScheduler(...), LearningRateMonitor()]). {' '.join(notes)}".rstrip()
         )
-    folder = _newest(candidates, found, run_dir)
-    if len(candidates) > 1:
-        notes.append(
-            f"{len(candidates)} runs were found; this is the newest, {_relative(folder, run_dir)}. "
-            "Give the folder of another one to draw that."
+    lent = _newest_first(loose, found, run_dir)[0] / REFRESHES if loose else None
+    empty = _without_log(candidates - {run_dir}, found)
+    return [
+        Sources(
+            folder=folder,
+            metrics=folder / METRICS if folder in with_metrics else None,
+            events=tuple(folder / name for name in sorted(found[folder]) if _is_events(name) and folder in with_events),
+            refreshes=folder / REFRESHES if REFRESHES in found[folder] else lent,
+            without_log=tuple(one for one in empty.get(folder.parent, ()) if _version(one) > _version(folder)),
+            notes=tuple(notes),
         )
-    beside = folder / REFRESHES
-    elsewhere = _newest(loose, found, run_dir) / REFRESHES if loose else None
-    return Sources(
-        folder=folder,
-        metrics=folder / METRICS if folder in with_metrics else None,
-        events=tuple(folder / name for name in sorted(found[folder]) if _is_events(name) and folder in with_events),
-        refreshes=beside if REFRESHES in found[folder] else elsewhere,
-        notes=tuple(notes),
-    )
+        for folder in _newest_first(candidates, found, run_dir)
+    ]
 
 
 def _logs_under(run_dir: Path) -> dict[Path, set[str]]:
@@ -108,26 +112,41 @@ def _is_events(name: str) -> bool:
     return name.startswith(_EVENTS)
 
 
-def _newest(folders: Iterable[Path], found: dict[Path, set[str]], run_dir: Path) -> Path:
-    folders = sorted(folders)
-    if run_dir in folders:
-        return run_dir
-
+def _newest_first(folders: Iterable[Path], found: dict[Path, set[str]], run_dir: Path) -> list[Path]:
     def written(folder: Path) -> float:
         return max((folder / name).stat().st_mtime for name in found[folder])
 
-    def version(folder: Path) -> int:
-        match = _VERSION.fullmatch(folder.name)
-        return int(match[1]) if match else -1
-
     # The numbers survive a copy of the folder, times of modification often do not.
-    newest: dict[Path, Path] = {}
-    for folder in folders:
-        held = newest.get(folder.parent)
-        if held is None or (version(folder), written(folder)) > (version(held), written(held)):
-            newest[folder.parent] = folder
-    return max(newest.values(), key=written)
+    ages = {folder: (_version(folder), written(folder)) for folder in sorted(folders)}
+    waiting: dict[Path, list[Path]] = {}
+    for folder in sorted(ages, key=lambda folder: ages[folder]):
+        waiting.setdefault(folder.parent, []).append(folder)
+    heads = [(-ages[some[-1]][1], parent) for parent, some in waiting.items()]
+    heapify(heads)
+    ordered = [run_dir] if run_dir in ages else []
+    while heads:
+        _, parent = heappop(heads)
+        folder = waiting[parent].pop()
+        if folder != run_dir:
+            ordered.append(folder)
+        if waiting[parent]:
+            heappush(heads, (-ages[waiting[parent][-1]][1], parent))
+    return ordered
 
 
-def _relative(folder: Path, run_dir: Path) -> str:
-    return str(folder.relative_to(run_dir))
+def _without_log(folders: Iterable[Path], logs: Iterable[Path]) -> dict[Path, list[Path]]:
+    """What commands that failed early have left beside ``folders``, by parent: the settings, and no log."""
+    holding = {above for log in logs for above in (log, *log.parents)}
+    return {
+        parent: sorted(
+            (other for other in parent.iterdir() if _version(other) >= 0 and other.is_dir() and other not in holding),
+            key=_version,
+            reverse=True,
+        )
+        for parent in {folder.parent for folder in folders if _version(folder) >= 0}
+    }
+
+
+def _version(folder: Path) -> int:
+    match = _VERSION.fullmatch(folder.name)
+    return int(match[1]) if match else -1

@@ -10,21 +10,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from lightning_galore.report.read import RunLog, Series, is_loss
+from lightning_galore.report.read import RunLog, Series, held_out, is_loss
 from lightning_galore.report.series import History, history, quantiles, running_mean, thinned
 from lightning_galore.report.style import Drawn, Missing, Theme, canvas, from_zero, legend, log_axis, step_axis, text
 
 SCHEDULER = "Add SubspaceScheduler(...) of lightning_galore.callbacks to the Trainer's callbacks."
-_HELD_OUT = {"val", "valid", "validation", "eval", "dev", "test"}
 _MOST_LINES = 8
 _SMOOTH_FROM = 100
 
 Points = Sequence[tuple[float, float]]
-
-
-def held_out(name: str) -> bool:
-    """Whether the name of a loss says that it is not the training loss."""
-    return bool(_HELD_OUT & set(re.split(r"[^a-z]+", name.lower())))
 
 
 def draw_loss(log: RunLog, theme: Theme) -> Drawn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ _LARGEST_STEP = 1e15
 _LARGEST_FILE = 1 << 30
 _MOST_EVENTS = 200_000
 _MOST_SINGULAR_VALUES = 64
+_HELD_OUT = {"val", "valid", "validation", "eval", "dev", "test"}
 _PREFIXES = ("lr-", "galore/", "galore_drift", "galore_energy")
 
 
@@ -93,6 +95,11 @@ class RunLog:
 def is_loss(name: str) -> bool:
     """Whether ``name`` is that of a loss."""
     return "loss" in name.lower() and not name.startswith(_PREFIXES)
+
+
+def held_out(name: str) -> bool:
+    """Whether the name of a loss says that it is not the training loss."""
+    return bool(_HELD_OUT & set(re.split(r"[^a-z]+", name.lower())))
 
 
 def read_log(sources: Sources) -> RunLog:

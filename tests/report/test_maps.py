@@ -30,7 +30,7 @@ def log_of(folder: Path, refreshes: list[int], *, spectra: bool = True) -> RunLo
         for k in range(count)
     ]
     write_csv(folder / "galore_refreshes.csv", sorted(rows, key=lambda row: int(row["step"])), REFRESH_COLUMNS)
-    return read_log(locate(folder))
+    return read_log(locate(folder)[0])
 
 
 def drawn(draw: object, log: RunLog) -> Drawn:

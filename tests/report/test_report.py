@@ -142,7 +142,7 @@ def test_row_labels_are_thinned_and_layers_keep_their_order(tmp_path: Path) -> N
 
     write_csv(tmp_path / "galore_refreshes.csv", refresh_rows(80, steps=1000, gap=200), REFRESH_COLUMNS)
     with styled(LIGHT):
-        ax = draw_drift_map(read_log(locate(tmp_path)), LIGHT).figure.axes[0]
+        ax = draw_drift_map(read_log(locate(tmp_path)[0]), LIGHT).figure.axes[0]
         labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == [f"layers.{i}" for i in range(0, 80, 3)]
     assert short_names(["a.b.weight"]) == ["a.b"]
@@ -205,7 +205,7 @@ def test_several_optimizers(tmp_path: Path) -> None:
     files = write_report(tmp_path)
     assert len(files.charts) == 5
     assert "Optimizer state of the projected weights at last: 2 bytes" in str(Page(files.page).all("img")[-1]["alt"])
-    labels = [label for label, _ in named(read_log(locate(tmp_path)), "galore/drift_mean", "mean")]
+    labels = [label for label, _ in named(read_log(locate(tmp_path)[0]), "galore/drift_mean", "mean")]
     assert labels == ["mean, optimizer 0", "mean, optimizer 1"]
 
 
@@ -332,7 +332,7 @@ def test_errors_of_the_command_are_one_line(small: Path, capsys: pytest.CaptureF
     (small / "metrics.csv").write_text("step,accuracy\n1,0.5\n")
     for args, message in (
         ([str(small / "none")], "none is not a folder"),
-        ([str(small)], "hold nothing to draw. Loss: No logged name contains “loss”. Logged were: accuracy."),
+        ([str(small)], f"error: Nothing to draw in {small}: logged were accuracy. Log a loss (self.log("),
     ):
         assert main(["report", *args]) == 2
         err = capsys.readouterr().err
@@ -348,7 +348,7 @@ def test_without_matplotlib_the_extra_is_named(
     assert 'pip install "lightning-galore[recipes]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["__init__", "find", "page", "read", "series", "write"])
+@pytest.mark.parametrize("module", ["__init__", "choose", "find", "page", "read", "series", "write"])
 def test_reading_and_help_need_no_matplotlib(module: str) -> None:
     source = Path(lightning_galore.report.__file__).with_name(f"{module}.py").read_text("utf-8")
     imports = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
