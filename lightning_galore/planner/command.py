@@ -19,7 +19,7 @@ from lightning_galore.planner.planning import plan
 from lightning_galore.planner.results import Plan
 from lightning_galore.planner.sharing import Sharding
 from lightning_galore.planner.sources import Head
-from lightning_galore.planner.table import console_for, show, waiting
+from lightning_galore.planner.table import console_for, show, unit_of, waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,9 @@ def run(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
         sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n")
     else:
         show(found, console_for(sys.stdout))
+    if options.picture is not None:
+        # Beside JSON nothing else may stand.
+        (sys.stderr if options.json else sys.stdout).write(f"The peaks are drawn in {options.picture}\n")
     return found
 
 
@@ -158,7 +161,7 @@ def _found(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
 
 
 def write_picture(found: Plan, path: Path) -> None:
-    """Draw the peaks of a plan as stacked bars into a PNG file.
+    """Draw the peaks of a plan as stacked bars into a PNG file, in the unit of its table.
 
     Raises:
         ValueError: If no peak is known.
@@ -178,4 +181,6 @@ def write_picture(found: Plan, path: Path) -> None:
             name=error.name,
         ) from error
     title = f"{found.model}, {found.precision}, {found.batch}, rank {found.rank}"
-    bars.write_plan(path, [bars.Bar(label=label, parts=parts) for label, parts in bars_of], title, budget=found.budget)
+    drawn = [bars.Bar(label=label, parts=parts) for label, parts in bars_of]
+    unit = unit_of(found)
+    bars.write_plan(path, drawn, title, unit=unit.size, unit_name=str(unit), budget=found.budget)

@@ -6,14 +6,29 @@ from __future__ import annotations
 import io
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
+
+from typing_extensions import override
 
 from lightning_galore.planner.results import Column, Peak, Plan
 
 GIB = 2**30
 
 
-_UNITS = ((2**30, "GiB", "2^30", 10**9, "GB"), (2**20, "MiB", "2^20", 10**6, "MB"), (2**10, "KiB", "2^10", 10**3, "kB"))
+class Unit(NamedTuple):
+    """What bytes are counted in, and its decimal neighbour, in which cards are sold."""
+
+    size: int
+    name: str
+    decimal: int
+    decimal_name: str
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.name} (2^{self.size.bit_length() - 1} bytes)"
+
+
+_UNITS = (Unit(2**30, "GiB", 10**9, "GB"), Unit(2**20, "MiB", 10**6, "MB"), Unit(2**10, "KiB", 10**3, "kB"))
 
 
 def as_text(plan: Plan, width: int = 200) -> str:
@@ -56,12 +71,22 @@ def show(plan: Plan, console: Any) -> None:
         _show_fits(plan, console)
 
 
+def unit_of(plan: Plan) -> Unit:
+    """The unit of a plan's table, by the largest number in it."""
+    sizes = [size for c in _shown(plan) for size in (c.weights, c.moments, *(peak.total for peak in c.peaks))]
+    return next((unit for unit in _UNITS if max(sizes, default=0) >= unit.size), _UNITS[-1])
+
+
+def _shown(plan: Plan) -> list[Column]:
+    return [column for column in plan.columns if column.weights]
+
+
 def _columns(plan: Plan) -> Any:
-    shown = [column for column in plan.columns if column.weights]
-    sizes = [size for c in shown for size in (c.weights, c.moments, *(peak.total for peak in c.peaks))]
-    unit, name, power, decimal, decimal_name = next((u for u in _UNITS if max(sizes, default=0) >= u[0]), _UNITS[-1])
+    shown = _shown(plan)
+    chosen = unit_of(plan)
+    unit, decimal = chosen.size, chosen.decimal
     table = _rich()["Table"](box=_rich()["SIMPLE_HEAD"], pad_edge=False)
-    table.add_column(f"{name} ({power} bytes)")
+    table.add_column(str(chosen))
     for column in shown:
         table.add_column(column.label, justify="right")
     for title, key in (
@@ -81,7 +106,7 @@ def _columns(plan: Plan) -> Any:
         table.add_row(f"activations {title}", *(_number(p.activations if p else None, unit) for p in peaks))
         table.add_row(f"PEAK {title}", *(_number(p.total if p else None, unit) for p in peaks), style="bold")
         table.add_row(
-            f"  in {decimal_name} ({decimal:.0e})".replace("e+0", "e"),
+            f"  in {chosen.decimal_name} ({decimal:.0e})".replace("e+0", "e"),
             *(_number(p.total if p else None, decimal) for p in peaks),
         )
         table.add_row("  when", *(_when(p) if p else "-" for p in peaks))

@@ -11,8 +11,6 @@ from matplotlib.figure import Figure
 
 from lightning_galore.report.style import LIGHT, Theme, canvas, legend, png, styled, text
 
-GIB = 2**30
-
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
@@ -27,12 +25,16 @@ class Bar:
     parts: Mapping[str, int]
 
 
-def draw_plan(bars: Sequence[Bar], title: str, *, budget: int | None = None, theme: Theme = LIGHT) -> Figure:
-    """Stacked bars in GiB, the first one on top.
+def draw_plan(
+    bars: Sequence[Bar], title: str, *, unit: int, unit_name: str, budget: int | None = None, theme: Theme = LIGHT
+) -> Figure:
+    """Stacked bars, the first one on top.
 
     Args:
         bars: One for each way to train.
         title: Above them.
+        unit: Bytes of one unit of the axis.
+        unit_name: Its name.
         budget: Bytes, drawn as a line.
         theme: Colours.
     """
@@ -42,27 +44,29 @@ def draw_plan(bars: Sequence[Bar], title: str, *, budget: int | None = None, the
     handles = []
     left = [0.0] * len(bars)
     for name, colour in zip(names, theme.cycle, strict=False):
-        widths = [bar.parts.get(name, 0) / GIB for bar in bars]
+        widths = [bar.parts.get(name, 0) / unit for bar in bars]
         handles.append(ax.barh(range(len(bars)), widths, left=left, color=colour, height=0.66))
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, total in enumerate(left):
-        ax.text(total, place, f" {total:.3g}", va="center", color=theme.ink)
+        ax.text(total, place, f" {total:,.2f}", va="center", color=theme.ink)
     if budget is not None:
-        ax.axvline(budget / GIB, color=theme.ink, linewidth=1.2, linestyle="--")
+        ax.axvline(budget / unit, color=theme.ink, linewidth=1.2, linestyle="--")
         names, handles = [*names, f"budget, {budget / 1e9:.3g} GB"], [*handles, ax.get_lines()[-1]]  # type: ignore[list-item]
     ax.set_yticks(range(len(bars)), [text(bar.label, 40) for bar in bars])
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
-    ax.set_xlim(0.0, max([*left, (budget or 0) / GIB]) * 1.1 or 1.0)
-    ax.set_xlabel("GiB (2^30 bytes) at the peak")
+    ax.set_xlim(0.0, max([*left, (budget or 0) / unit]) * 1.14 or 1.0)
+    ax.set_xlabel(f"{unit_name} at the peak")
     figure.suptitle(text(title, 110), fontsize=9.5, color=theme.ink)
     legend(ax, handles, names)
     return figure
 
 
-def write_plan(path: Path, bars: Sequence[Bar], title: str, *, budget: int | None = None) -> None:
+def write_plan(
+    path: Path, bars: Sequence[Bar], title: str, *, unit: int, unit_name: str, budget: int | None = None
+) -> None:
     """Write :func:`draw_plan` as a PNG file."""
     with styled(LIGHT):
-        data = png(draw_plan(bars, title, budget=budget))
+        data = png(draw_plan(bars, title, unit=unit, unit_name=unit_name, budget=budget))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)

@@ -14,6 +14,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
 from lightning_galore.cli import main
+from lightning_galore.planner.command import write_picture
+from lightning_galore.planner.results import Column, Peak, Plan
+from lightning_galore.planner.sharing import Devices
+from lightning_galore.planner.table import as_text
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
@@ -123,6 +127,40 @@ def test_table_budget_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "MiB (2^20 bytes)" in out
     assert "Fits into 1.00 GB (0.93 GiB)" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert out.endswith(f"The peaks are drawn in {picture}\n")
+
+
+def test_a_picture_beside_json_is_said_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    args = ["--batch_size=1", "--sequence_length=8", "--candidates=adamw", "--checkpointing=false", "--json"]
+    assert main(["plan", "llama-60m", *args, f"--picture={picture}"]) == 0
+    found = capsys.readouterr()
+    json.loads(found.out)
+    assert f"The peaks are drawn in {picture}\n" in found.err
+
+
+@pytest.mark.parametrize(("peak", "name"), [(3 * 2**31, "GiB (2^30 bytes)"), (2**20 * 300, "MiB (2^20 bytes)")])
+def test_the_picture_has_the_unit_of_the_table(
+    peak: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from lightning_galore.report import plan_bars
+
+    worst = Peak(
+        total=peak, by_category={"weights": peak}, where="step", step="ordinary", activations=0, checkpointing=False
+    )
+    found = Plan(
+        model="m", parameters=1, rank=4, batch="b", precision="bf16-true", devices=Devices(),
+        columns=(Column(name="a", label="a", mode="step", weights=peak, peaks=(worst,)),),
+    )  # fmt: skip
+    figures = []
+    monkeypatch.setattr(plan_bars, "png", lambda figure: figures.append(figure) or b"")
+    write_picture(found, tmp_path / "plan.png")
+    (ax,) = figures[0].axes
+    assert ax.get_xlabel() == f"{name} at the peak"
+    assert ax.texts[0].get_text() == (" 6.00" if name.startswith("GiB") else " 300.00")
+    assert name in as_text(found)
 
 
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
