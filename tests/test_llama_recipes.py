@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -16,8 +17,10 @@ pytest.importorskip("bitsandbytes")
 
 from lightning_galore.cli import GaLoreCLI, main
 from lightning_galore.optimizer import GaLoreOptimizer
+from lightning_galore.report import write_report
 from lightning_galore.tasks import CausalLMModule
 from lightning_galore.tasks.tokenizing import train_bpe
+from tests.strategies.modules import expect_warning
 from tests.tasks.texts import TINY, VOCABULARY, sentences, write_jsonl
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -105,6 +108,39 @@ def test_llama_recipe_trains_one_step(name: str, bpe: str, text: str, tmp_path: 
     assert cli.model.net.config.vocab_size == VOCABULARY  # type: ignore[union-attr]
     checkpointed = settings(f"llama/{name}")["model"]["init_args"].get("checkpointing", False)
     assert any(getattr(part, "gradient_checkpointing", False) for part in cli.model.modules()) is checkpointed
+
+
+def tiny_run(folder: Path, text: str, *args: str) -> Path:
+    """A few steps of the recipe of `make pretrain`, logged into ``folder``."""
+    shape = {key: value for key, value in TINY.items() if key != "vocab_size"}
+    data = [f"--data.files={text}", f"--data.vocab_size={VOCABULARY}", f"--data.tokenizer_dir={folder.parent / 'bpe'}"]
+    size = ["--data.block_size=16", "--data.batch_size=2", f"--model.config={json.dumps(shape)}"]
+    steps = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
+    logs = ["--trainer.enable_checkpointing=false", "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}"]
+    fitted("llama/tiny_c4", *QUICK[1:4], *data, *size, *steps, *logs, *args)
+    return folder
+
+
+def test_the_recipe_of_make_pretrain_leaves_a_whole_report_and_trains_as_without(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    low = ["--trainer.strategy.rank=4", "--trainer.strategy.update_proj_gap=2"]
+    watched = tiny_run(tmp_path / "watched", text, *low)
+    assert write_report(watched).missing == {}
+    plain = tiny_run(tmp_path / "plain", text, *low, "--trainer.callbacks=null")
+
+    def losses(folder: Path) -> list[tuple[str, ...]]:
+        with next(folder.rglob("metrics.csv")).open(newline="") as file:
+            rows = [(row["step"], row["train/loss"], row["val/loss"]) for row in csv.DictReader(file)]
+        return [row for row in rows if any(row[1:])]
+
+    assert losses(watched) == losses(plain)
+    assert len(losses(plain)) == 8
+
+
+def test_the_recipe_of_make_pretrain_runs_full_rank(text: str, tmp_path: Path) -> None:
+    with expect_warning("SubspaceScheduler found no projected optimizer under SingleDeviceStrategy: there are no"):
+        tiny_run(tmp_path / "full", text, "--trainer.strategy=auto")
+    assert not list(tmp_path.rglob("galore_refreshes.csv"))
 
 
 @pytest.mark.parametrize("name", PAPER)

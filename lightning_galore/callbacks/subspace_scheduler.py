@@ -48,7 +48,8 @@ class SubspaceScheduler(Callback):
 
     Raises:
         MisconfigurationException: At the start of ``fit``, if no optimizer is a
-            :class:`~lightning_galore.GaLoreOptimizer`.
+            :class:`~lightning_galore.GaLoreOptimizer` and there are settings for one. With none it warns that there is
+            nothing to watch, so that a recipe can be run full-rank too.
         ValueError: At the start of ``fit``, if a setting is out of range.
 
     Example:
@@ -105,10 +106,11 @@ class SubspaceScheduler(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._optimizers = [opt for opt in trainer.strategy.optimizers if isinstance(opt, GaLoreOptimizer)]
         if not self._optimizers:
-            raise MisconfigurationException(
-                f"{type(self).__name__} found no projected optimizer under {type(trainer.strategy).__name__}. Use "
-                "Trainer(strategy=GaLoreStrategy(...))."
-            )
+            missing = f"{type(self).__name__} found no projected optimizer under {type(trainer.strategy).__name__}"
+            if not self.settings:
+                rank_zero_warn(f"{missing}: there are no subspaces to watch, and nothing is logged of them.")
+                return
+            raise MisconfigurationException(f"{missing}. Use Trainer(strategy=GaLoreStrategy(...)).")
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
         if self.write_refreshes and trainer.loggers and trainer.is_global_zero:
             self._log = RefreshLog(Path(folder), every=max(1, trainer.log_every_n_steps))  # type: ignore[attr-defined]
@@ -134,7 +136,7 @@ class SubspaceScheduler(Callback):
     ) -> None:
         if self._log is not None:
             self._log.flush()
-        if not self._logs_now or trainer.global_step == self._step:  # or only accumulated
+        if not self._optimizers or not self._logs_now or trainer.global_step == self._step:  # or only accumulated
             return
         metrics: dict[str, float] = {
             "galore/refresh_time_share": self._time_share(),

@@ -201,9 +201,20 @@ def test_other_settings_than_those_of_the_checkpoint_are_said(tmp_path: Path) ->
         )  # fmt: skip
 
 
-def test_another_strategy_is_refused() -> None:
+def test_settings_for_another_strategy_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="found no projected optimizer under SingleDeviceStrategy. Use"):
-        fit(Tiny(adamw), "auto", callbacks=[SubspaceScheduler()])
+        fit(Tiny(adamw), "auto", callbacks=[SubspaceScheduler(update_proj_gap=5)])
+
+
+def test_a_watcher_lets_a_full_rank_run_go_on(tmp_path: Path) -> None:
+    model = Tiny(adamw)
+    with expect_warning(
+        "SubspaceScheduler found no projected optimizer under SingleDeviceStrategy: there are no subspaces to watch"
+    ):
+        trainer = fit(model, "auto", callbacks=[SubspaceScheduler()], logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert model.losses
+    assert not any(name.startswith("galore") for name in trainer.logged_metrics)
+    assert not list(tmp_path.rglob("galore_refreshes.csv"))
 
 
 def test_value_out_of_range_is_refused_before_the_first_step() -> None:
