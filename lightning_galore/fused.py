@@ -105,11 +105,13 @@ class FusedLinears:
         coordinates = receiver.coordinates(weight)
         with without_autocast(x.device):
             leaf = self._leaf(weight, coordinates)
-            given = x, weight.detach(), module.bias, leaf, coordinates, dtype
+            given = weight.detach(), module.bias, leaf, coordinates, dtype
             if linear:
-                output: Tensor = LinearFunction.apply(*given)
-            else:
-                output = ConvFunction.apply(*given, (module.stride, module.padding, module.dilation))
+                # Rows in and out, and the view made here: what a function of autograd gives must be no view, or nobody
+                # could change it in place (nn.ReLU(inplace=True)).
+                rows: Tensor = LinearFunction.apply(x.reshape(-1, x.shape[-1]), *given)
+                return rows.view(*x.shape[:-1], rows.shape[-1])
+            output: Tensor = ConvFunction.apply(x, *given, (module.stride, module.padding, module.dilation))
         return output
 
     def _leaf(self, weight: Tensor, coordinates: Coordinates) -> Tensor:

@@ -217,6 +217,24 @@ def test_dtypes_that_do_not_fit_are_refused_as_ever() -> None:
     assert held.targets
 
 
+class InPlace(nn.Sequential):
+    """What its first layer gives is changed in place; that sees single rows, a matrix or a batch of sequences."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(nn.Linear(24, 16), nn.ReLU(inplace=True), nn.Linear(16, 24))
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(InPlace, self).forward(part) for part in x.view(-1, *self.shape, 24)])
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("mode", BACKWARD_MODES)
+def test_outputs_that_are_changed_in_place(mode: str, shape: tuple[int, ...]) -> None:
+    fused, ordinary = (steps_of(lambda: InPlace(shape), mode, fused=one, between=nothing) for one in (True, False))
+    assert max_difference(fused.parameters(), ordinary.parameters()) <= 1e-12
+
+
 # -- norms, and who scales them ----------------------------------------------------------------------------------------
 
 
