@@ -235,6 +235,14 @@ def test_outputs_that_are_changed_in_place(mode: str, shape: tuple[int, ...]) ->
     assert max_difference(fused.parameters(), ordinary.parameters()) <= 1e-12
 
 
+def test_other_weights_in_place_of_the_layers_own_get_gradients_as_ever() -> None:
+    model, held, _ = train("project", fused=True, steps=2, update_proj_gap=1000, stagger=False)
+    others = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
+    torch.func.functional_call(model, others, (torch.randn(4, 24, dtype=torch.float64),)).sum().backward()
+    assert all(param.grad is not None and bool(param.grad.any()) for param in others.values())
+    assert not held.hooks.waiting
+
+
 # -- norms, and who scales them ----------------------------------------------------------------------------------------
 
 
