@@ -61,11 +61,17 @@ class ResumableLoader(DataLoader[Any]):
         super().__init__(dataset, sampler=sampler, **options)
         self.seed, self.rank, self.world_size, self.progress = seed, rank, world_size, progress
         self._handed_out = 0
+        # Of the next pass, once a state has said it: Lightning's own count falls behind where a run is resumed at the
+        # ends of epochs again and again.
+        self._epoch: int | None = None
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: nothing is read before the first batch is asked for, when the epoch is known.
         sampler = self.sampler
+        if self._epoch is not None and isinstance(sampler, _SkippingSampler):
+            sampler.set_epoch(self._epoch)
+            self._epoch += 1
         self._handed_out = sampler.skip // (self.batch_size or 1) if isinstance(sampler, _SkippingSampler) else 0
         for batch in super().__iter__():
             self._handed_out += 1
@@ -96,6 +102,7 @@ class ResumableLoader(DataLoader[Any]):
                         f"{now}: the rest of that epoch cannot be told. Go on with {name}={state[name]}, or from a "
                         "checkpoint at the end of an epoch."
                     )
+        self._epoch = state["epoch"]
         self.sampler.set_epoch(state["epoch"])
         self.sampler.skip = state["batches"] * (self.batch_size or 1)
 

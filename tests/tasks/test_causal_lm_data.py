@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import seed_everything
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 pytest.importorskip("datasets")
 
@@ -226,6 +228,55 @@ def test_a_finished_epoch_is_not_repeated(jsonl: str, bpe: str) -> None:
     second.load_state_dict(first.state_dict())
     first.sampler.set_epoch(1)
     assert tokens_of(list(second)) == tokens_of(list(first))
+
+
+class Seen(LightningModule):
+    """Trains nothing to speak of, and notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.batches: list[list[int]] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.batches.append(batch["input_ids"].flatten().tolist())
+        return self.weight.sum()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def seen(data: CausalLMDataModule, folder: Path, steps: int, *, resume: Path | None = None) -> list[list[int]]:
+    """The batches of a run, which writes a checkpoint after each."""
+    seed_everything(3, verbose=False)
+    each = ModelCheckpoint(
+        dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
+    )
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[each],
+        max_steps=steps, limit_val_batches=0,
+    )  # fmt: skip
+    model = Seen()
+    trainer.fit(model, data, ckpt_path=resume)
+    return model.batches
+
+
+def test_a_run_that_is_resumed_at_every_end_of_an_epoch(tmp_path: Path, bpe: str) -> None:
+    """Lightning's own count of epochs falls behind from the second time on."""
+    files = write_shards(tmp_path, 1, 40)
+
+    def data() -> CausalLMDataModule:
+        return made(files, bpe)
+
+    seed_everything(3, verbose=False)
+    length = len(data().train_dataloader())
+    batches = seen(data(), tmp_path, length)
+    for epoch in range(1, 4):
+        batches += seen(data(), tmp_path, (epoch + 1) * length, resume=tmp_path / f"step={epoch * length}.ckpt")
+    assert batches == seen(data(), tmp_path, 4 * length)
 
 
 def test_another_division_is_refused(tmp_path: Path, jsonl: str, bpe: str) -> None:
