@@ -249,7 +249,9 @@ class Seen(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def seen(data: CausalLMDataModule, folder: Path, steps: int, *, resume: Path | None = None) -> list[list[int]]:
+def seen(
+    data: CausalLMDataModule, folder: Path, steps: int, *, resume: Path | None = None, **options: Any
+) -> list[list[int]]:
     """The batches of a run, which writes a checkpoint after each."""
     seed_everything(3, verbose=False)
     each = ModelCheckpoint(
@@ -257,7 +259,7 @@ def seen(data: CausalLMDataModule, folder: Path, steps: int, *, resume: Path | N
     )
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[each],
-        max_steps=steps, limit_val_batches=0,
+        max_steps=steps, limit_val_batches=0, **options,
     )  # fmt: skip
     model = Seen()
     trainer.fit(model, data, ckpt_path=resume)
@@ -277,6 +279,22 @@ def test_a_run_that_is_resumed_at_every_end_of_an_epoch(tmp_path: Path, bpe: str
     for epoch in range(1, 4):
         batches += seen(data(), tmp_path, (epoch + 1) * length, resume=tmp_path / f"step={epoch * length}.ckpt")
     assert batches == seen(data(), tmp_path, 4 * length)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_a_run_went_on_is_no_matter_of_the_next_run(streaming: bool, tmp_path: Path, bpe: str) -> None:
+    files = write_shards(tmp_path, 1, 40)
+    whole = seen(made(files, bpe, streaming=streaming), tmp_path, 6)
+    data = made(files, bpe, streaming=streaming)
+    assert seen(data, tmp_path, 6, resume=tmp_path / "step=2.ckpt") == whole[2:]
+    assert seen(data, tmp_path, 6) == whole
+    assert seen(data, tmp_path, 6, resume=tmp_path / "step=3.ckpt") == whole[3:]
+
+
+def test_loaders_that_are_made_anew_each_epoch_begin_at_its_start(tmp_path: Path, bpe: str) -> None:
+    files, options = write_shards(tmp_path, 1, 40), {"reload_dataloaders_every_n_epochs": 1}
+    whole = seen(made(files, bpe), tmp_path, 16, **options)
+    assert seen(made(files, bpe), tmp_path, 16, resume=tmp_path / "step=2.ckpt", **options) == whole[2:]
 
 
 def test_another_division_is_refused(tmp_path: Path, jsonl: str, bpe: str) -> None:
