@@ -353,6 +353,8 @@ def test_kinds_of_files(tmp_path: Path, bpe: str) -> None:
     assert len(blocks[0]) > 10
     assert all(torch.equal(blocks[0].ids, other.ids) for other in blocks[1:] if other is not None)
     assert find_files(str(tmp_path / "*.jsonl*"), argument="files") == [plain, str(tmp_path / "b.jsonl.gz")]
+    twice = [str(tmp_path / "*.jsonl"), plain, str(tmp_path / ".." / tmp_path.name / "a.jsonl")]
+    assert find_files(twice, argument="files") == [plain]
     with pytest.raises(ValueError, match="files of the kinds json, parquet, text: all must be of one"):
         find_files(str(tmp_path), argument="files")
 
