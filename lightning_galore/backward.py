@@ -188,8 +188,10 @@ class GradientHooks:
     def fuses(self, param: Tensor) -> bool:
         """Whether a layer shall make the low-rank gradient itself in this window; asked by its forward pass."""
         consumer = self._consumer()
+        if consumer is None or not consumer.is_target(param):  # what functional_call puts in its place, for a while
+            return False
         if param not in self._fused:
-            self._fused[param] = consumer is not None and not self._removed and consumer.is_fused(param)
+            self._fused[param] = not self._removed and consumer.is_fused(param)
         return self._fused[param]
 
     def coordinates(self, param: Tensor) -> Coordinates:

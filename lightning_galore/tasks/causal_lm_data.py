@@ -65,6 +65,8 @@ class TextDataModule(LightningDataModule):
         return int(self.trainer.strategy.broadcast(seed)) if self.trainer is not None else seed
 
     def _resumed(self, loader: Loader) -> Loader:
+        if self._train_loader is not None and self._train_loader.begun:
+            self._resume = None  # done: this loader is of a later epoch, or of another run
         self._train_loader = loader
         if self._resume is not None:
             loader.load_state_dict(self._resume)

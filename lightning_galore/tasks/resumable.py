@@ -61,11 +61,19 @@ class ResumableLoader(DataLoader[Any]):
         super().__init__(dataset, sampler=sampler, **options)
         self.seed, self.rank, self.world_size, self.progress = seed, rank, world_size, progress
         self._handed_out = 0
+        #: Whether it has been read from, since it was made or told where to go on.
+        self.begun = False
+        # Of the next pass, once a state has said it: Lightning's own count falls behind where a run is resumed at the
+        # ends of epochs again and again.
+        self._epoch: int | None = None
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: nothing is read before the first batch is asked for, when the epoch is known.
-        sampler = self.sampler
+        self.begun, sampler = True, self.sampler
+        if self._epoch is not None and isinstance(sampler, _SkippingSampler):
+            sampler.set_epoch(self._epoch)
+            self._epoch += 1
         self._handed_out = sampler.skip // (self.batch_size or 1) if isinstance(sampler, _SkippingSampler) else 0
         for batch in super().__iter__():
             self._handed_out += 1
@@ -96,6 +104,7 @@ class ResumableLoader(DataLoader[Any]):
                         f"{now}: the rest of that epoch cannot be told. Go on with {name}={state[name]}, or from a "
                         "checkpoint at the end of an epoch."
                     )
+        self.begun, self._epoch = False, state["epoch"]
         self.sampler.set_epoch(state["epoch"])
         self.sampler.skip = state["batches"] * (self.batch_size or 1)
 
@@ -163,12 +172,15 @@ class ResumableStream(DataLoader[Any]):
     ) -> None:
         super().__init__(dataset, **{"collate_fn": _as_it_is, **options, "batch_size": None})
         self.rank, self.world_size, self.progress = rank, world_size, progress
+        #: Whether it has been read from, since it was made or told where to go on.
+        self.begun = False
         # The states after the last few batches: Lightning fetches one ahead.
         self._after: deque[tuple[int, dict[int, dict[str, Any]]]] = deque([(0, {})], maxlen=8)
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        stream: Any = self.dataset
+        self.begun, stream = True, self.dataset
+        assert isinstance(stream, StatedStream)
         count, states = stream.first, stream.states = self._now()
         for stated in super().__iter__():
             if stated is None:
@@ -209,5 +221,6 @@ class ResumableStream(DataLoader[Any]):
                     f"The checkpoint was written with {name}={then[name]}, now it is {now[name]}: each worker has a "
                     f"part of the text of its own, and goes on in that alone. Resume with {name}={then[name]}."
                 )
+        self.begun = False
         states = {int(worker): where for worker, where in state["ranks"][self.rank].items()}
         self._after = deque([(state["batches"], states)], maxlen=8)
