@@ -8,10 +8,10 @@ the state is that of the last batch that was: the Trainer's own count says which
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 from typing_extensions import override
 
@@ -224,3 +224,56 @@ class ResumableStream(DataLoader[Any]):
         self.begun = False
         states = {int(worker): where for worker, where in state["ranks"][self.rank].items()}
         self._after = deque([(state["batches"], states)], maxlen=8)
+
+
+Loader = TypeVar("Loader", ResumableLoader, ResumableStream)
+
+
+class ResumableData(LightningDataModule):
+    """Data whose training loader goes on where a checkpoint left it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._train_loader: ResumableLoader | ResumableStream | None = None
+        self._resume: dict[str, Any] | None = None
+
+    def _process(self) -> dict[str, Any]:
+        """The place of this process among all, and what the run has done."""
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1, "progress": None}
+        return {
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "progress": progress_of(self.trainer),
+        }
+
+    def _seed(self) -> int:
+        """That of the rows' order: the global seed, the same in all processes."""
+        seed = torch.initial_seed() % 2**31
+        return int(self.trainer.strategy.broadcast(seed)) if self.trainer is not None else seed
+
+    def _workers(self, count: int) -> dict[str, Any]:
+        """Options of a loader with this many worker processes, which stay from epoch to epoch."""
+        # Starting them draws a number, which an unbroken run does less often: not from the global generator, then.
+        own = torch.Generator().manual_seed(self._seed()) if count else None
+        return {"num_workers": count, "persistent_workers": count > 0, "generator": own}
+
+    def _resumed(self, loader: Loader) -> Loader:
+        if self._train_loader is not None and self._train_loader.begun:
+            self._resume = None  # done: this loader is of a later epoch, or of another run
+        self._train_loader = loader
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
+        return loader
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader stands. Lightning keeps it too, but gives it back to loaders made late only."""
+        return {"train": self._train_loader.state_dict()} if self._train_loader is not None else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the training loader stood."""
+        self._resume = state_dict.get("train")
+        if self._train_loader is not None and self._resume is not None:
+            self._train_loader.load_state_dict(self._resume)
