@@ -60,7 +60,7 @@ class PlanOptions:
         candidates: Which ways to train, by name: ``recipe`` (as the recipe itself does), ``adamw``, ``adamw-8bit``,
             ``galore-step``, ``galore-project``, ``galore-layerwise``, ``galore-8bit``, ``q-galore``, ``lora``: these by
             default. Besides ``galore-fused``, ``galore-compressed``, ``apollo``, ``apollo-mini``; ``all`` for all.
-        optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU; ``adamwforeach``: on
+        optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU; ``adamw_foreach``: on
             a GPU).
         proj_type: Which side is projected.
         target_modules: Which weights are projected.
