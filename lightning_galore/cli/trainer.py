@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from jsonargparse import Namespace
@@ -15,9 +16,9 @@ from typing_extensions import override
 # The tasks are imported for their effect: their classes become known by their short names.
 import lightning_galore.tasks  # noqa: F401
 from lightning_galore import __version__
-from lightning_galore.cli import exits
+from lightning_galore.cli import endings, exits
 from lightning_galore.cli.exits import PROG
-from lightning_galore.cli.mistakes import close_to, subclasses
+from lightning_galore.cli.mistakes import check_checkpoint, close_to, subclasses
 from lightning_galore.cli.parsers import Parser
 
 TRAINER_COMMANDS = {
@@ -119,6 +120,8 @@ class GaLoreCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``, without the parent's warning when the program has a command line of its own."""
         self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
+        # Before data and weights are loaded, which takes a while.
+        check_checkpoint(self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path"))
 
     @override
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -154,6 +157,9 @@ class GaLoreCLI(LightningCLI):
             if self._progress.begun:
                 raise exits.RunError from error
             raise
+        said = endings.after(subcommand, self.trainer)
+        if said and self.trainer.is_global_zero:
+            sys.stderr.write(f"{PROG}: {said}\n")
 
     def _how_to_go_on(self, subcommand: str) -> str:
         if subcommand != "fit":
