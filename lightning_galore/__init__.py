@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank gradient training (the GaLore family) for PyTorch Lightning."""
 
-from lightning_galore.callbacks import GradNormMonitor, MemoryMonitor, SubspaceScheduler
+from lightning_galore.callbacks import GradNormMonitor, MemoryMonitor, RandomStates, SubspaceScheduler
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.planner import plan
@@ -23,6 +23,7 @@ __all__ = [
     "GaLoreStrategy",
     "GradNormMonitor",
     "MemoryMonitor",
+    "RandomStates",
     "SubspaceScheduler",
     "__version__",
     "plan",

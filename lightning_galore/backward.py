@@ -146,10 +146,23 @@ class GradientHooks:
     def on_grad(self, param: Tensor) -> None:
         """Consume ``param.grad``, which is complete for this backward."""
         consumer = self._consumer()
-        if consumer is None or param.grad is None:
+        if consumer is None:
+            return
+        if param.grad is None:
+            self._warn_of_another(param)
             return
         with without_autocast(param.device):
             self._consume(param, consumer)
+
+    def _warn_of_another(self, param: Tensor) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The gradient of a parameter of shape {tuple(param.shape)} had been taken before this optimizer saw "
+                "it, so it does not move here. Another GaLoreOptimizer of the same parameters does that, in the "
+                "backward modes: call its detach(), or delete it.",
+                stacklevel=2,
+            )
 
     def _consume(self, param: Tensor, consumer: Consumer) -> None:
         assert param.grad is not None
@@ -188,8 +201,10 @@ class GradientHooks:
     def fuses(self, param: Tensor) -> bool:
         """Whether a layer shall make the low-rank gradient itself in this window; asked by its forward pass."""
         consumer = self._consumer()
+        if consumer is None or not consumer.is_target(param):  # what functional_call puts in its place, for a while
+            return False
         if param not in self._fused:
-            self._fused[param] = consumer is not None and not self._removed and consumer.is_fused(param)
+            self._fused[param] = not self._removed and consumer.is_fused(param)
         return self._fused[param]
 
     def coordinates(self, param: Tensor) -> Coordinates:

@@ -47,7 +47,8 @@ class Tally:
         self.warnings: dict[str, None] = {
             "galore-torch adds eps before it corrects the bias and decays a weight after its update; torch.optim.AdamW "
             "does both the other way round. Training goes on closely, not bit by bit.": None,
-            'Resume with subspace="svd" and fix_signs=False to find each next basis as galore-torch does.': None,
+            'Resume with method="galore" and fix_signs=False to find each next basis, and keep the moments, as '
+            "galore-torch does.": None,
         }
 
 

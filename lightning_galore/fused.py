@@ -73,8 +73,8 @@ class FusedLinears:
         """
         wanted = set(params)
         for module in model.modules():
-            if _is_plain(module) and module.weight in wanted and "forward" not in vars(module):
-                # A bound method: a deep copy binds it to the copy, and pickling leaves it out.
+            if _is_plain(module) and module.weight in wanted and _is_free(module):
+                # A bound method: a deep copy binds it to the copy, and unpickling makes the class's own of it.
                 module.forward = MethodType(forward, module)
                 _OWNERS[module] = weakref.ref(self)
                 self._installed.append(module)
@@ -82,8 +82,10 @@ class FusedLinears:
     def remove(self) -> None:
         """Give all modules their own forward back."""
         for module in self._installed:
-            vars(module).pop("forward", None)
-            _OWNERS.pop(module, None)
+            owner = _OWNERS.get(module)
+            if owner is not None and owner() is self:  # not another's that has come since
+                vars(module).pop("forward", None)
+                del _OWNERS[module]
         self._installed.clear()
         self._leaves.clear()
 
@@ -105,11 +107,13 @@ class FusedLinears:
         coordinates = receiver.coordinates(weight)
         with without_autocast(x.device):
             leaf = self._leaf(weight, coordinates)
-            given = x, weight.detach(), module.bias, leaf, coordinates, dtype
+            given = weight.detach(), module.bias, leaf, coordinates, dtype
             if linear:
-                output: Tensor = LinearFunction.apply(*given)
-            else:
-                output = ConvFunction.apply(*given, (module.stride, module.padding, module.dilation))
+                # Rows in and out, and the view made here: what a function of autograd gives must be no view, or nobody
+                # could change it in place (nn.ReLU(inplace=True)).
+                rows: Tensor = LinearFunction.apply(x.reshape(-1, x.shape[-1]), *given)
+                return rows.view(*x.shape[:-1], rows.shape[-1])
+            output: Tensor = ConvFunction.apply(x, *given, (module.stride, module.padding, module.dilation))
         return output
 
     def _leaf(self, weight: Tensor, coordinates: Coordinates) -> Tensor:
@@ -150,6 +154,15 @@ def forward(self: Any, input: Tensor) -> Tensor:  # torch's name of it
     layers = owner() if owner is not None else None
     output = layers.apply(self, input) if layers is not None else None
     return type(self).forward(self, input) if output is None else output
+
+
+def _is_free(module: nn.Module) -> bool:
+    """Whether nothing shadows the ``forward`` of a module but what is left of ours, in a copy or without its owner."""
+    owner = _OWNERS.get(module)
+    if owner is not None and owner() is not None:
+        return False
+    own = vars(module).get("forward")
+    return own is None or getattr(own, "__func__", None) in (forward, type(module).forward)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -32,17 +32,16 @@ class LinearFunction(torch.autograd.Function):
     @override
     def forward(
         ctx: Any,
-        x: Tensor,  # (..., n)
+        x: Tensor,  # (t, n)
         weight: Tensor,  # (m, n)
         bias: Tensor | None,
         leaf: Tensor,  # low_shape
         coordinates: Coordinates,
         dtype: torch.dtype,  # of the weight as it is multiplied
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        kept = rows
+        kept = x
         if coordinates.projection.side in _RIGHT:
-            kept = _times(rows, coordinates.bases[-1])
+            kept = _times(x, coordinates.bases[-1])
             coordinates.let_go()
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
         ctx.coordinates = coordinates
@@ -55,17 +54,16 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _check_once()
         kept, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
         coordinates: Coordinates = ctx.coordinates
         if coordinates.projection.side in _LEFT:  # the narrow factor stands first
-            low = gemm.product(kept.mT, _times(rows, coordinates.bases[0]).to(kept.dtype)).mT
+            low = gemm.product(kept.mT, _times(grad, coordinates.bases[0]).to(kept.dtype)).mT
             coordinates.let_go()
         else:
-            low = gemm.product(rows.to(kept.dtype).mT, kept)
+            low = gemm.product(grad.to(kept.dtype).mT, kept)
         return (
             None if weight is None else grad @ _dense(weight, grad.dtype),
             None,
-            rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
             low.to(ctx.low_dtype).contiguous(),
             None,
             None,

@@ -354,7 +354,8 @@ class GaLoreOptimizer(SubspaceControls, OptimizerWrapper):
         )
         self.hooks.reset()  # what waits is of another course
         self._projector.forget()
-        self.base.load_state_dict(state_dict)
+        self.base.load_state_dict(saved_state.stepped_only(state_dict))
+        saved_state.restore_unstepped(state_dict, self.param_groups, self.state)
         saved_state.restore_dtypes(state_dict, self.param_groups, self.state)
 
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -90,6 +91,31 @@ def _check_geometry(saved: Mapping[str, Any], target: Target, *, adaptive: bool)
         f"rank={projection.rank}, side={projection.side} and bases {projection.basis_shapes}. Set rank={rank} and the "
         "proj_type of that run, or load its weights only (Module.load_from_checkpoint) and start a new run."
     )
+
+
+def stepped_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the parameters of which the wrapped optimizer keeps nothing, and Adam would miss a ``step``.
+
+    Such is a weight that has sat out its first step, because its gradient was not finite.
+    """
+    state = {index: saved for index, saved in state_dict["state"].items() if not _is_unstepped(saved)}
+    return {**state_dict, "state": state}
+
+
+def restore_unstepped(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, Any]
+) -> None:
+    """Load what :func:`stepped_only` has left out."""
+    for param, saved in _saved_states(state_dict, param_groups):
+        if _is_unstepped(saved):
+            state[param] = {
+                key: value.to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+                for key, value in saved.items()
+            }
+
+
+def _is_unstepped(saved: Mapping[str, Any]) -> bool:
+    return bool(saved) and all(map(state_keys.is_ours, saved))
 
 
 def restore_dtypes(

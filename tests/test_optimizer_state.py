@@ -283,6 +283,34 @@ def test_weight_that_skips_a_step_is_as_if_the_step_had_not_been(name: str, mode
             assert ours["galore_step"] == 8 - failures
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_resumed_after_a_weight_has_sat_out_its_first_step(name: str) -> None:
+    """The wrapped optimizer keeps nothing of it yet, not the ``step`` either that Adam looks for when it loads."""
+
+    def start() -> tuple[Matrices, GaLoreOptimizer]:
+        model = Matrices((12, 8), (8, 12))
+        base = getattr(torch.optim, name)(model.parameters(), **BASES[name])
+        return model, GaLoreOptimizer(base, model, rank=2, update_proj_gap=3, stagger=False)
+
+    def go_on(model: Matrices, optimizer: GaLoreOptimizer) -> None:
+        for step in range(1, 6):
+            model.give_gradients(step)
+            optimizer.step()
+
+    model, optimizer = start()
+    model.give_gradients(0)
+    bad = next(model.parameters())
+    bad.grad[1, 2] = torch.inf  # type: ignore[index]
+    optimizer.step()
+    resumed, loaded = start()
+    resumed.load_state_dict(model.state_dict())
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert loaded.state[next(resumed.parameters())]["galore_failures"] == 1
+    go_on(model, optimizer)
+    go_on(resumed, loaded)
+    assert same_bits(resumed.parameters(), model.parameters())
+
+
 def test_zero_gradient_keeps_the_basis_and_the_weight() -> None:
     model = Matrices((12, 8))
     (weight,) = model.parameters()

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 # The tasks are imported for their effect: their classes become known by their short names.
 import lightning_galore.tasks  # noqa: F401
-from lightning_galore import __version__
+from lightning_galore import RandomStates, __version__
 from lightning_galore.cli import endings, exits
 from lightning_galore.cli.exits import PROG
 from lightning_galore.cli.mistakes import check_checkpoint, close_to, subclasses
@@ -68,8 +68,10 @@ class GaLoreCLI(LightningCLI):
         prog: str = PROG,
     ) -> None:
         self._progress = _Progress()
+        defaults = trainer_defaults or {}
         super().__init__(
-            trainer_defaults=trainer_defaults,
+            # A run that is stopped goes on as if it had not been, dropout included.
+            trainer_defaults={**defaults, "callbacks": [RandomStates(), *defaults.get("callbacks", [])]},
             save_config_kwargs={"overwrite": True},  # a second run without a logger writes into the same folder
             parser_class=Parser,
             parser_kwargs={

@@ -85,6 +85,8 @@ _FUSED = "the norm of the full gradients is not known to clipping"
 
 #: The name that stands for every candidate.
 ALL = "all"
+#: The name of what a recipe itself does.
+OWN = "recipe"
 
 #: In the order in which they depart from ordinary training.
 CANDIDATES: tuple[Candidate, ...] = (
@@ -195,5 +197,6 @@ def choose(names: Collection[str] | None, own: Candidate | None = None) -> Seque
     asked = [names] if isinstance(names, str) else list(names)
     for name in asked:
         if name not in (*known, ALL):
-            raise ValueError(f"candidates={name!r} is not known; choose among {', '.join(known)}, or {ALL!r}.")
+            why = "is known of recipes of our language models and GLUE tasks only" if name == OWN else "is not known"
+            raise ValueError(f"candidates={name!r} {why}; choose among {', '.join(known)}, or {ALL!r}.")
     return every if ALL in asked else [known[name] for name in asked]

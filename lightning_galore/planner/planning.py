@@ -79,11 +79,12 @@ def plan(
         >>> [column.moments // 1000 for column in found.columns]
         [2103, 71]
     """
-    rank_named = "rank" in settings or (config is not None and config.rank != GaLoreConfig().rank)
+    config = config.with_settings(**settings) if config else GaLoreConfig(**settings)
+    rank_named = config.names_setting("rank") or config.rank != GaLoreConfig().rank  # the user's, or the method's
     tokens = {"sequence_length": sequence_length, "head": head, "download": download}
     question = Question(
         job_of=partial(_job, model, batch, step, precision, loop, tokens),
-        config=config.with_settings(**settings) if config else GaLoreConfig(**settings),
+        config=config,
         devices=Devices(count=devices, strategy=strategy, bases_sharded=bases_sharded),
         budget=None if budget is None else bytes_of(budget),
         base=base,

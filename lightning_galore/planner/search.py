@@ -80,7 +80,8 @@ class _Search:
         """The candidate as it fits, or None."""
         question, candidate = self._question, self._candidate
         config, low_rank = question.config, candidate.kind != "full"
-        ranks = free_ranks(job) if question.rank_free and low_rank else [config.width]
+        free = question.rank_free and low_rank and candidate.rank is None
+        ranks = free_ranks(job) if free else [config.width]
         first = self._first(job, column, [config.with_settings(rank=rank) for rank in ranks])
         if first is None:
             return None
@@ -91,7 +92,7 @@ class _Search:
             if larger.total > self._budget:
                 break
             size, peak = doubled, larger
-        rank = settings.width if low_rank else None
+        rank = (candidate.rank or settings.width) if low_rank else None
         return Fit(
             name=candidate.name,
             label=candidate.label,
@@ -99,7 +100,7 @@ class _Search:
             batch_size=size if question.batch_free or size > 1 else None,
             checkpointing=peak.checkpointing,
             total=peak.total,
-            trades=_trades(candidate, peak.checkpointing, rank, ranks[0]),
+            trades=_trades(candidate, peak.checkpointing, rank, ranks[0] if free else rank),
         )
 
     def _first(self, job: Job, column: Column, choices: Sequence[GaLoreConfig]) -> tuple[GaLoreConfig, Peak] | None:
@@ -147,7 +148,7 @@ def free_ranks(job: Job) -> list[int]:
     return ranks
 
 
-def _trades(candidate: Candidate, checkpointing: bool, rank: Rank | None, asked: Rank) -> str:
+def _trades(candidate: Candidate, checkpointing: bool, rank: Rank | None, asked: Rank | None) -> str:
     said = [candidate.trades.format(rank=rank)] if candidate.trades else []
     if rank is not None and rank != asked:
         said.append(f"rank {rank} instead of {asked}")

@@ -2,23 +2,19 @@
 """Text for language models as a LightningDataModule: C4 from the hub, or local files; packed into blocks."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.packing import PackedBlocks, PackedStream
-from lightning_galore.tasks.resumable import ResumableLoader, ResumableStream, progress_of
+from lightning_galore.tasks.resumable import ResumableData, ResumableLoader, ResumableStream
 from lightning_galore.tasks.text_files import Documents, Files, TextColumn, file_rows, first_row, hub_rows
 from lightning_galore.tasks.tokenizing import Encoder, bpe_folder, load_tokenizer, train_bpe
 
-Loader = TypeVar("Loader", ResumableLoader, ResumableStream)
 
-
-class TextDataModule(LightningDataModule):
+class TextDataModule(ResumableData):
     """What data of language models share: a tokenizer, and loaders whose place in an epoch is kept in checkpoints.
 
     Args:
@@ -46,48 +42,13 @@ class TextDataModule(LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.eval_batch_size = eval_batch_size or batch_size
         self.tokenizer: Any = None
-        self._train_loader: ResumableLoader | ResumableStream | None = None
-        self._resume: dict[str, Any] | None = None
-
-    def _process(self) -> dict[str, Any]:
-        """The place of this process among all, and what the run has done."""
-        if self.trainer is None:
-            return {"rank": 0, "world_size": 1, "progress": None}
-        return {
-            "rank": self.trainer.global_rank,
-            "world_size": self.trainer.world_size,
-            "progress": progress_of(self.trainer),
-        }
-
-    def _seed(self) -> int:
-        """That of the rows' order: the global seed, the same in all processes."""
-        seed = torch.initial_seed() % 2**31
-        return int(self.trainer.strategy.broadcast(seed)) if self.trainer is not None else seed
-
-    def _resumed(self, loader: Loader) -> Loader:
-        self._train_loader = loader
-        if self._resume is not None:
-            loader.load_state_dict(self._resume)
-        return loader
 
     def _shuffled(self, rows: Any, **options: Any) -> ResumableLoader:
-        options |= {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        options |= self._workers(self.num_workers)
         return ResumableLoader(rows, batch_size=self.batch_size, seed=self._seed(), **self._process(), **options)
 
     def _in_order(self, rows: Any, **options: Any) -> DataLoader[Any]:
         return DataLoader(rows, batch_size=self.eval_batch_size, num_workers=self.num_workers, **options)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training loader stands. Lightning keeps it too, but gives it back to loaders made late only."""
-        return {"train": self._train_loader.state_dict()} if self._train_loader is not None else {}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the training loader stood."""
-        self._resume = state_dict.get("train")
-        if self._train_loader is not None and self._resume is not None:
-            self._train_loader.load_state_dict(self._resume)
 
 
 class CausalLMDataModule(TextDataModule):

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_galore.tasks.extras import require
 from lightning_galore.tasks.glue_files import UNLABELLED, find_split, missing_train_message, read_rows
 from lightning_galore.tasks.glue_tasks import TaskName, get_task
 from lightning_galore.tasks.minilm import tokenizer_source
+from lightning_galore.tasks.resumable import ResumableData, ResumableLoader
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,12 +37,12 @@ class _Encoder:
         return {**encoded, "labels": rows["label"]}
 
 
-class GlueDataModule(LightningDataModule):
+class GlueDataModule(ResumableData):
     """Loaders for one GLUE task, or for the demo task.
 
     The data comes from the hub unless ``data_dir`` or ``train_file`` names local files. Batches are padded to their
     longest row. The order of the training rows depends on the global seed and the epoch alone, so that two runs under
-    one seed see the same batches, and so does a run that was stopped and resumed.
+    one seed see the same batches, and so does a run that was stopped and resumed, in the middle of an epoch too.
 
     Args:
         task: One of the nine GLUE tasks, or ``"demo"`` (sentiment of movie-review sentences).
@@ -143,21 +143,15 @@ class GlueDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training batches."""
-        rows = self._splits["train"]
-        # The order is a function of seed and epoch, also on one device. RandomSampler would take it from the global
-        # random state, which a resumed run does not have. `initial_seed` is what seed_everything has set.
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            rows,
-            num_replicas=self.trainer.world_size if self.trainer else 1,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            seed=torch.initial_seed() % 2**31,
+        options = self._options(self._splits["train"])
+        return self._resumed(
+            ResumableLoader(batch_size=self.batch_size, seed=self._seed(), **self._process(), **options)
         )
-        return self._loader(rows, self.batch_size, sampler=sampler)
 
     @override
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a validation split: two for MNLI (matched, mismatched), else one."""
-        return [self._loader(self._splits[name], self.eval_batch_size) for name in self.task.validation]
+        return [self._in_order(name) for name in self.task.validation]
 
     @override
     def test_dataloader(self) -> list[DataLoader[Any]]:
@@ -166,31 +160,30 @@ class GlueDataModule(LightningDataModule):
             name in self._splits and UNLABELLED not in self._splits[name]["label"] for name in self.task.test
         )
         names = self.task.test if labelled else self.task.validation
-        return [self._loader(self._splits[name], self.eval_batch_size) for name in names]
+        return [self._in_order(name) for name in names]
 
     @override
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """The test splits, with or without labels; the validation splits when there are none."""
         names = self.task.test if all(name in self._splits for name in self.task.test) else self.task.validation
-        return [self._loader(self._splits[name], self.eval_batch_size) for name in names]
+        return [self._in_order(name) for name in names]
 
     def majority_share(self) -> float:
         """Share of the most frequent label in the first validation split: the accuracy of always answering it."""
         labels = torch.tensor(self._splits[self.task.validation[0]]["label"][:])
         return labels.bincount().max().item() / len(labels)
 
-    def _loader(self, rows: "Dataset", batch_size: int, **options: Any) -> DataLoader[Any]:
+    def _in_order(self, split: str) -> DataLoader[Any]:
+        return DataLoader(batch_size=self.eval_batch_size, **self._options(self._splits[split]))
+
+    def _options(self, rows: "Dataset") -> dict[str, Any]:
         assert self._encode is not None, "setup() comes before the loaders"
-        collate = require("transformers").DataCollatorWithPadding(self._encode.tokenizer)
-        return DataLoader(
+        return {
             # Tokenized when a batch is read: no cache on disk, and the workers share the work.
-            rows.with_transform(self._encode),
-            batch_size=batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **options,
-        )
+            "dataset": rows.with_transform(self._encode),
+            "collate_fn": require("transformers").DataCollatorWithPadding(self._encode.tokenizer),
+            **self._workers(self.num_workers),
+        }
 
     def _load_hub(self) -> "dict[str, Dataset]":
         datasets = require("datasets")

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_galore.config import GaLoreConfig
 from lightning_galore.named_optimizers import ALIASES
 from lightning_galore.planner import Candidate, Job, named_job, training_loss
-from lightning_galore.planner.candidates import Fused
+from lightning_galore.planner.candidates import OWN, Fused
 from lightning_galore.planner.command import PlanOptions, Read
 from lightning_galore.strategies import GaLoreStrategy
 from lightning_galore.tasks.causal_lm import CausalLMModule
@@ -74,7 +74,7 @@ def own_way(recipe: Any, config: GaLoreConfig) -> Candidate:
         recipe: The parsed recipe.
         config: The settings of its strategy.
     """
-    make = partial(Candidate, name="recipe", label="this recipe", base=_optimizer_of(recipe.model.init_args.optimizer))
+    make = partial(Candidate, name=OWN, label="this recipe", base=_optimizer_of(recipe.model.init_args.optimizer))
     if not _projects(recipe.trainer.strategy):
         return make(kind="full")
     fused: Fused = ("low-rank" if config.compress_activations else "whole") if config.fused_backward else "no"

@@ -8,10 +8,10 @@ the state is that of the last batch that was: the Trainer's own count says which
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 from typing_extensions import override
 
@@ -61,11 +61,19 @@ class ResumableLoader(DataLoader[Any]):
         super().__init__(dataset, sampler=sampler, **options)
         self.seed, self.rank, self.world_size, self.progress = seed, rank, world_size, progress
         self._handed_out = 0
+        #: Whether it has been read from, since it was made or told where to go on.
+        self.begun = False
+        # Of the next pass, once a state has said it: Lightning's own count falls behind where a run is resumed at the
+        # ends of epochs again and again.
+        self._epoch: int | None = None
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: nothing is read before the first batch is asked for, when the epoch is known.
-        sampler = self.sampler
+        self.begun, sampler = True, self.sampler
+        if self._epoch is not None and isinstance(sampler, _SkippingSampler):
+            sampler.set_epoch(self._epoch)
+            self._epoch += 1
         self._handed_out = sampler.skip // (self.batch_size or 1) if isinstance(sampler, _SkippingSampler) else 0
         for batch in super().__iter__():
             self._handed_out += 1
@@ -96,6 +104,7 @@ class ResumableLoader(DataLoader[Any]):
                         f"{now}: the rest of that epoch cannot be told. Go on with {name}={state[name]}, or from a "
                         "checkpoint at the end of an epoch."
                     )
+        self.begun, self._epoch = False, state["epoch"]
         self.sampler.set_epoch(state["epoch"])
         self.sampler.skip = state["batches"] * (self.batch_size or 1)
 
@@ -163,12 +172,15 @@ class ResumableStream(DataLoader[Any]):
     ) -> None:
         super().__init__(dataset, **{"collate_fn": _as_it_is, **options, "batch_size": None})
         self.rank, self.world_size, self.progress = rank, world_size, progress
+        #: Whether it has been read from, since it was made or told where to go on.
+        self.begun = False
         # The states after the last few batches: Lightning fetches one ahead.
         self._after: deque[tuple[int, dict[int, dict[str, Any]]]] = deque([(0, {})], maxlen=8)
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        stream: Any = self.dataset
+        self.begun, stream = True, self.dataset
+        assert isinstance(stream, StatedStream)
         count, states = stream.first, stream.states = self._now()
         for stated in super().__iter__():
             if stated is None:
@@ -209,5 +221,59 @@ class ResumableStream(DataLoader[Any]):
                     f"The checkpoint was written with {name}={then[name]}, now it is {now[name]}: each worker has a "
                     f"part of the text of its own, and goes on in that alone. Resume with {name}={then[name]}."
                 )
+        self.begun = False
         states = {int(worker): where for worker, where in state["ranks"][self.rank].items()}
         self._after = deque([(state["batches"], states)], maxlen=8)
+
+
+Loader = TypeVar("Loader", ResumableLoader, ResumableStream)
+
+
+class ResumableData(LightningDataModule):
+    """Data whose training loader goes on where a checkpoint left it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._train_loader: ResumableLoader | ResumableStream | None = None
+        self._resume: dict[str, Any] | None = None
+
+    def _process(self) -> dict[str, Any]:
+        """The place of this process among all, and what the run has done."""
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1, "progress": None}
+        return {
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "progress": progress_of(self.trainer),
+        }
+
+    def _seed(self) -> int:
+        """That of the rows' order: the global seed, the same in all processes."""
+        seed = torch.initial_seed() % 2**31
+        return int(self.trainer.strategy.broadcast(seed)) if self.trainer is not None else seed
+
+    def _workers(self, count: int) -> dict[str, Any]:
+        """Options of a loader with this many worker processes, which stay from epoch to epoch."""
+        # Starting them draws a number, which an unbroken run does less often: not from the global generator, then.
+        own = torch.Generator().manual_seed(self._seed()) if count else None
+        return {"num_workers": count, "persistent_workers": count > 0, "generator": own}
+
+    def _resumed(self, loader: Loader) -> Loader:
+        if self._train_loader is not None and self._train_loader.begun:
+            self._resume = None  # done: this loader is of a later epoch, or of another run
+        self._train_loader = loader
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
+        return loader
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader stands. Lightning keeps it too, but gives it back to loaders made late only."""
+        return {"train": self._train_loader.state_dict()} if self._train_loader is not None else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the training loader stood."""
+        self._resume = state_dict.get("train")
+        if self._train_loader is not None and self._resume is not None:
+            self._train_loader.load_state_dict(self._resume)

@@ -2,6 +2,7 @@
 """Texts from local files or from the hub as streams of rows, and which of them are held out."""
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -19,7 +20,7 @@ _PACKED = (".gz", ".zst", ".xz", ".bz2")
 
 
 def find_files(files: str | Sequence[str], *, argument: str) -> list[str]:
-    """The files of paths, folders and glob patterns, sorted.
+    """The files of paths, folders and glob patterns, sorted; each once, whatever leads to it.
 
     Args:
         files: Paths, folders or patterns.
@@ -29,7 +30,7 @@ def find_files(files: str | Sequence[str], *, argument: str) -> list[str]:
         FileNotFoundError: If one of them leads to no file.
         ValueError: If the files are of several kinds, or of none that is known.
     """
-    found: list[str] = []
+    found: dict[str, str] = {}  # by their absolute paths
     for given in [files] if isinstance(files, str) else files:
         path = Path(given).expanduser()
         names = [str(path)] if path.is_file() else glob.glob(str(path / "*" if path.is_dir() else path), recursive=True)
@@ -39,14 +40,15 @@ def find_files(files: str | Sequence[str], *, argument: str) -> list[str]:
                 f"{argument}={given!r} leads to no file ({', '.join(_BUILDERS)}, also packed as {', '.join(_PACKED)}). "
                 "Give a path, a folder or a pattern in quotation marks such as 'c4/*.jsonl'."
             )
-        found += sorted(names)
+        for name in sorted(names):
+            found.setdefault(os.path.abspath(name), name)
     kinds = sorted({str(_kind(name)) for name in found})
     if len(kinds) > 1 or kinds == ["None"]:
         raise ValueError(
             f"{argument}={files!r} holds files of the kinds {', '.join(kinds)}: all must be of one, and end in one of "
             f"{', '.join(_BUILDERS)} (also packed as {', '.join(_PACKED)})."
         )
-    return found
+    return list(found.values())
 
 
 def _kind(name: str) -> str | None:

@@ -97,7 +97,7 @@ def test_checkpoints_are_written_once(trained: Results, mode: str) -> None:
     assert [results[f"writes-{mode}"] for results in trained] == [EPOCHS, 0]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "dropped"])
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(trained: Results, mode: str) -> None:
     for results in trained:
         whole, resumed = results[f"whole-{mode}"], results[f"resumed-{mode}"]

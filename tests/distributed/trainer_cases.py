@@ -70,6 +70,18 @@ class Normed(Tiny):
         self.body = nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 12), nn.LayerNorm(12))
 
 
+class Dropped(Tiny):
+    """With dropout, of other numbers on each process."""
+
+    def __init__(self, make: Make = adamw) -> None:
+        super().__init__(make)
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 12), nn.LayerNorm(12))
+
+    @override
+    def setup(self, stage: str) -> None:
+        torch.manual_seed(100 + self.global_rank)
+
+
 class Wide(Tiny):
     """With a weight that the default rank projects."""
 

@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
-from lightning_galore import GaLoreOptimizer, GaLoreStrategy
+from lightning_galore import GaLoreOptimizer, GaLoreStrategy, RandomStates
 from lightning_galore.strategies import GaLoreDDPStrategy
 from tests.strategies.modules import SETTINGS, Tiny, adamw
 
 from .processes import begin, end
-from .trainer_cases import CASES, MODES, REFUSED, CountingIO, Normed, Wide, checkpoints, fit
+from .trainer_cases import CASES, MODES, REFUSED, CountingIO, Dropped, Normed, Wide, checkpoints, fit
 
 
 class Meddles(Callback):
@@ -60,6 +60,10 @@ def resumed(folder: Path) -> dict[str, Any]:
         results[f"resumed-{mode}"] = fit(Tiny(), again, ckpt_path=after)
         other = GaLoreDDPStrategy(**SETTINGS, mode=mode)
         results[f"widened-{mode}"] = fit(Tiny(), other, ckpt_path=folder / f"alone-{mode}" / "epoch=0.ckpt")
+    for name, after in (("whole", None), ("resumed", folder / "whole-dropped" / "epoch=0.ckpt")):
+        callbacks = [*checkpoints(folder / f"{name}-dropped"), RandomStates()]
+        strategy, more = GaLoreDDPStrategy(**SETTINGS, mode="project"), {"enable_checkpointing": True}
+        results[f"{name}-dropped"] = fit(Dropped(), strategy, ckpt_path=after, callbacks=callbacks, **more)
     return results
 
 

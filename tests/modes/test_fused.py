@@ -233,6 +233,31 @@ def test_a_copy_is_a_module_of_its_own_and_pickles() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def is_fused(model: nn.Module, optimizer: GaLoreOptimizer) -> bool:
+    """Whether no weight of the optimizer has had a full gradient in a step between refreshes."""
+    optimizer.zero_grad()
+    model(torch.randn(5, 24, dtype=torch.float64)).square().sum().backward()
+    return not any(optimizer.hooks.norms.is_exact(param) for param in optimizer.targets)
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled", "the next optimizer", "the next optimizer, copied"])
+def test_layers_that_were_fused_before_are_fused_again(how: str) -> None:
+    settings: dict[str, Any] = {"rank": 4, "mode": "project", "fused_backward": True, "stagger": False}
+    model, optimizer, _ = train("project", fused=True, steps=3)
+    if how == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    elif "copied" in how:
+        model = copy.deepcopy(model)
+    for _ in range(2 if "next" in how else 1):  # while there is the last one, as in a notebook
+        optimizer = GaLoreOptimizer(torch.optim.AdamW(model.parameters()), model, **settings)
+        optimizer.zero_grad()
+        model(torch.randn(5, 24, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    assert is_fused(model, optimizer)
+    optimizer.detach()
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
 def test_layers_do_not_keep_an_optimizer_alive() -> None:
     model, optimizer, _ = train("project", fused=True, steps=2)
     alive = weakref.ref(optimizer.hooks)

@@ -217,6 +217,32 @@ def test_dtypes_that_do_not_fit_are_refused_as_ever() -> None:
     assert held.targets
 
 
+class InPlace(nn.Sequential):
+    """What its first layer gives is changed in place; that sees single rows, a matrix or a batch of sequences."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(nn.Linear(24, 16), nn.ReLU(inplace=True), nn.Linear(16, 24))
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(InPlace, self).forward(part) for part in x.view(-1, *self.shape, 24)])
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("mode", BACKWARD_MODES)
+def test_outputs_that_are_changed_in_place(mode: str, shape: tuple[int, ...]) -> None:
+    fused, ordinary = (steps_of(lambda: InPlace(shape), mode, fused=one, between=nothing) for one in (True, False))
+    assert max_difference(fused.parameters(), ordinary.parameters()) <= 1e-12
+
+
+def test_other_weights_in_place_of_the_layers_own_get_gradients_as_ever() -> None:
+    model, held, _ = train("project", fused=True, steps=2, update_proj_gap=1000, stagger=False)
+    others = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
+    torch.func.functional_call(model, others, (torch.randn(4, 24, dtype=torch.float64),)).sum().backward()
+    assert all(param.grad is not None and bool(param.grad.any()) for param in others.values())
+    assert not held.hooks.waiting
+
+
 # -- norms, and who scales them ----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -281,3 +282,23 @@ def test_sparse_gradients_of_dense_weights_are_stepped_as_ever(mode: str) -> Non
             optimizer.zero_grad()
         weights.append([param.detach() for param in model.parameters()])
     assert same_bits(*weights)
+
+
+@pytest.mark.parametrize("mode", ["project", "layerwise"])
+def test_an_older_optimizer_that_takes_the_gradients_is_said(mode: Any) -> None:
+    """Whose gradients the newer one never sees: it would train nothing, silently."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+    older, newer = (
+        GaLoreOptimizer(torch.optim.AdamW(model.parameters()), model, rank=2, mode=mode, stagger=False)
+        for _ in range(2)
+    )
+    with pytest.warns(UserWarning, match=r"had been taken before this optimizer saw it.*call its detach\(\)"):
+        model(torch.ones(2, 8)).sum().backward()
+    older.detach()
+    before = model[0].weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newer.zero_grad()
+        model(torch.ones(2, 8)).sum().backward()
+        newer.step()
+    assert not torch.equal(model[0].weight, before)

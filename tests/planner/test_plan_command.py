@@ -102,7 +102,9 @@ def test_what_is_planned_where_nothing_is_named() -> None:
     ]
     assert list(choose(["all"])) == list(choose("all")) == list(CANDIDATES)
     assert [candidate.name for candidate in choose("apollo")] == ["apollo"]
-    with pytest.raises(ValueError, match="candidates='recipe' is not known; choose among adamw, .* or 'all'"):
+    with pytest.raises(
+        ValueError, match="candidates='recipe' is known of recipes of .* only; choose among adamw, .* or 'all'"
+    ):
         choose(["recipe"])
 
 

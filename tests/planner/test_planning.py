@@ -176,6 +176,14 @@ def test_budget_keeps_what_was_named_and_raises_the_batch(tmp_path: Path) -> Non
     assert named.fits[0].trades == "nothing"
 
 
+def test_budget_keeps_a_rank_that_is_the_default_or_the_candidates_own() -> None:
+    wide = nn.Linear(1024, 1024, device="meta")
+    default = GaLoreConfig().rank
+    for config, rank in ((GaLoreConfig(rank=default), default), (GaLoreConfig(), 256)):
+        found = plan(wide, config, batch=torch.zeros(4, 1024), candidates=["galore-step", "apollo-mini"], budget="60MB")
+        assert [fit.rank for fit in found.fits] == [rank, 1]
+
+
 def test_budget_lowers_the_rank_and_recomputes_when_it_must(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     name = tiny_config(tmp_path, hidden_size=128, intermediate_size=256)

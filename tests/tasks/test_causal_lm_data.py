@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import seed_everything
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 pytest.importorskip("datasets")
 
@@ -228,6 +230,73 @@ def test_a_finished_epoch_is_not_repeated(jsonl: str, bpe: str) -> None:
     assert tokens_of(list(second)) == tokens_of(list(first))
 
 
+class Seen(LightningModule):
+    """Trains nothing to speak of, and notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.batches: list[list[int]] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.batches.append(batch["input_ids"].flatten().tolist())
+        return self.weight.sum()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def seen(
+    data: CausalLMDataModule, folder: Path, steps: int, *, resume: Path | None = None, **options: Any
+) -> list[list[int]]:
+    """The batches of a run, which writes a checkpoint after each."""
+    seed_everything(3, verbose=False)
+    each = ModelCheckpoint(
+        dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
+    )
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[each],
+        max_steps=steps, limit_val_batches=0, **options,
+    )  # fmt: skip
+    model = Seen()
+    trainer.fit(model, data, ckpt_path=resume)
+    return model.batches
+
+
+def test_a_run_that_is_resumed_at_every_end_of_an_epoch(tmp_path: Path, bpe: str) -> None:
+    """Lightning's own count of epochs falls behind from the second time on."""
+    files = write_shards(tmp_path, 1, 40)
+
+    def data() -> CausalLMDataModule:
+        return made(files, bpe)
+
+    seed_everything(3, verbose=False)
+    length = len(data().train_dataloader())
+    batches = seen(data(), tmp_path, length)
+    for epoch in range(1, 4):
+        batches += seen(data(), tmp_path, (epoch + 1) * length, resume=tmp_path / f"step={epoch * length}.ckpt")
+    assert batches == seen(data(), tmp_path, 4 * length)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_a_run_went_on_is_no_matter_of_the_next_run(streaming: bool, tmp_path: Path, bpe: str) -> None:
+    files = write_shards(tmp_path, 1, 40)
+    whole = seen(made(files, bpe, streaming=streaming), tmp_path, 6)
+    data = made(files, bpe, streaming=streaming)
+    assert seen(data, tmp_path, 6, resume=tmp_path / "step=2.ckpt") == whole[2:]
+    assert seen(data, tmp_path, 6) == whole
+    assert seen(data, tmp_path, 6, resume=tmp_path / "step=3.ckpt") == whole[3:]
+
+
+def test_loaders_that_are_made_anew_each_epoch_begin_at_its_start(tmp_path: Path, bpe: str) -> None:
+    files, options = write_shards(tmp_path, 1, 40), {"reload_dataloaders_every_n_epochs": 1}
+    whole = seen(made(files, bpe), tmp_path, 16, **options)
+    assert seen(made(files, bpe), tmp_path, 16, resume=tmp_path / "step=2.ckpt", **options) == whole[2:]
+
+
 def test_another_division_is_refused(tmp_path: Path, jsonl: str, bpe: str) -> None:
     loader = process(jsonl, bpe)
     loader.progress = None
@@ -284,6 +353,8 @@ def test_kinds_of_files(tmp_path: Path, bpe: str) -> None:
     assert len(blocks[0]) > 10
     assert all(torch.equal(blocks[0].ids, other.ids) for other in blocks[1:] if other is not None)
     assert find_files(str(tmp_path / "*.jsonl*"), argument="files") == [plain, str(tmp_path / "b.jsonl.gz")]
+    twice = [str(tmp_path / "*.jsonl"), plain, str(tmp_path / ".." / tmp_path.name / "a.jsonl")]
+    assert find_files(twice, argument="files") == [plain]
     with pytest.raises(ValueError, match="files of the kinds json, parquet, text: all must be of one"):
         find_files(str(tmp_path), argument="files")
 

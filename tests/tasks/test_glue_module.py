@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_galore import GaLoreStrategy
+from lightning_galore import GaLoreStrategy, RandomStates
 from lightning_galore.cli import GaLoreCLI, main
 from lightning_galore.tasks import GlueDataModule, GlueModule
 from lightning_galore.tasks.glue_tasks import TASKS
@@ -211,33 +211,31 @@ def test_checkpoint_loads_without_the_trainer(tiny_model: str, tmp_path: Path) -
     assert same_bits(loaded.parameters(), module.parameters())
 
 
-def test_resumed_run_equals_the_run_that_was_not_stopped(tiny_model: str, tmp_path: Path) -> None:
-    def module() -> GlueModule:
+@pytest.mark.parametrize("stopped_at", [2, 6, 9])  # an epoch has 6 batches
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_resumed_run_equals_the_run_that_was_not_stopped(
+    tiny_model: str, tmp_path: Path, stopped_at: int, workers: int
+) -> None:
+    """With dropout, and in the middle of an epoch."""
+
+    def fit(**options: Any) -> GlueModule:
         seed_everything(3)
         module = GlueModule(task="demo", model=tiny_model, lr=1e-3)
-        module.configure_model()
-        # The state of the random generator is not part of a checkpoint, so no dropout here, ...
-        for part in module.modules():
-            if isinstance(part, torch.nn.Dropout):
-                part.p = 0.0
+        every = ModelCheckpoint(
+            tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )  # fmt: skip
+        run = trainer(
+            tmp_path, max_epochs=2, strategy=GaLoreStrategy(rank=4, update_proj_gap=3), enable_checkpointing=True,
+            callbacks=[RandomStates(), every],
+        )  # fmt: skip
+        run.fit(module, demo_data(tiny_model, num_workers=workers, train_limit=48), **options)
+        assert any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules())
         return module
 
-    def strategy() -> GaLoreStrategy:
-        return GaLoreStrategy(rank=4, update_proj_gap=3)
-
-    whole = module()
-    trainer(tmp_path, max_epochs=2, strategy=strategy()).fit(whole, demo_data(tiny_model))
-    # max_epochs stays 2, so that the schedule is the same; the first part ends after epoch 0 all the same.
-    first = module()
-    run = trainer(tmp_path, max_epochs=2, strategy=strategy())
-    first.on_train_epoch_end = lambda: run.save_checkpoint(tmp_path / f"{run.current_epoch}.ckpt")  # type: ignore
-    run.fit(first, demo_data(tiny_model))
-    second = module()
-    trainer(tmp_path, max_epochs=2, strategy=strategy()).fit(
-        second, demo_data(tiny_model), ckpt_path=tmp_path / "0.ckpt"
-    )
-    assert same_bits(whole.parameters(), first.parameters())
-    assert same_bits(whole.parameters(), second.parameters())
+    whole = fit()
+    resumed = fit(ckpt_path=tmp_path / f"{stopped_at}.ckpt")
+    assert same_bits(whole.parameters(), resumed.parameters())
 
 
 def test_true_bfloat16(tiny_model: str, tmp_path: Path) -> None:
