@@ -122,8 +122,9 @@ class GaLoreCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``, without the parent's warning when the program has a command line of its own."""
         self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
-        # Before data and weights are loaded, which takes a while.
-        check_checkpoint(self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path"))
+        command = self.config.get("subcommand")
+        if command:  # before data and weights are loaded, which takes a while
+            check_checkpoint(self.config[command].get("ckpt_path"))
 
     @override
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:

@@ -116,6 +116,13 @@ def test_files_and_folders_of_checkpoints_pass(tmp_path: Path) -> None:
     check_checkpoint(str(tmp_path))  # of a run in parts
 
 
+def test_targets_needs_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Though the configuration that a run has saved may name one, which is gone since."""
+    (tmp_path / "saved.yaml").write_text(Path(GAN).read_text() + "\nckpt_path: gone.ckpt\n")
+    assert main(["targets", "-c", str(tmp_path / "saved.yaml")]) == 0
+    assert "gone.ckpt" in said(capsys, "validate", "-c", str(tmp_path / "saved.yaml"))
+
+
 def test_a_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     err = said(capsys, "fit", "-c", str(Path(GAN).with_name("gann.yaml")))
     assert "there is no file" in err
