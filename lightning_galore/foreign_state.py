@@ -108,7 +108,11 @@ def _check_state_dict(state_dict: object) -> tuple[dict[Any, dict[str, Any]], li
     if state_keys.BASIS in keys:
         raise ConversionError("The optimizer state is already in this package's layout: resume from it as it is.")
     if "projector" not in keys:
-        raise ConversionError(f"The optimizer state holds no projector: galore-torch did not write it. {ACCEPTED}")
+        raise ConversionError(
+            "The optimizer state holds no projector: galore-torch did not write it, and the moments of a full-rank "
+            f"optimizer have no low rank to go on from. {_FRESH} (A folder of Transformers' Trainer has the weights in "
+            f"model.safetensors.) Else: {ACCEPTED[0].lower()}{ACCEPTED[1:]}"
+        )
     return states, groups
 
 

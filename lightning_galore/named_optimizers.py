@@ -82,6 +82,26 @@ ALIASES: dict[str, str] = {
     "pagedlion32bit": "pagedlion",
 }
 
+# How those names are written in the documentation whose words are set apart by underscores; all others as above.
+_WRITTEN = (
+    *("adamw_fused", "adamw_foreach", "paged_adamw", "paged_adamw8bit", "paged_adam8bit", "paged_ademamix8bit"),
+    *("paged_lion", "paged_lion8bit", "torchao_adamw8bit", "adamw_fp8"),
+    *("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_torch_8bit", "adamw_torch_4bit"),
+    *("torchao_adamw4bit", "torchao_adamw_fp8", "lion_32bit", "rmsprop_bnb_8bit", "paged_adamw_32bit"),
+    "paged_lion_32bit",
+)
+_WRITTEN_OF = {written.replace("_", ""): written for written in _WRITTEN}
+
+
+def written(name: str) -> str:
+    """A key of ``NAMED`` or ``ALIASES`` as the documentation writes it.
+
+    Example:
+        >>> written("pagedadamw8bit")
+        'paged_adamw8bit'
+    """
+    return _WRITTEN_OF.get(name, name)
+
 
 def named_optimizer(name: str, **settings: Any) -> Callable[..., Optimizer]:
     """The optimizer of a name, to be called with parameters or param groups and with its settings by keyword.
@@ -114,8 +134,8 @@ def named_optimizer(name: str, **settings: Any) -> Callable[..., Optimizer]:
         if own is not None:
             return _maker(own, _takes(own), {}, settings)
         close = difflib.get_close_matches(plain, [*NAMED, *ALIASES], n=3)
-        hint = f"Did you mean {', '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"optimizer={name!r} is not known. {hint}Known: {', '.join(NAMED)}.")
+        hint = f"Did you mean {', '.join(repr(written(one)) for one in close)}? " if close else ""
+        raise ValueError(f"optimizer={name!r} is not known. {hint}Known: {', '.join(map(written, NAMED))}.")
     cls = getattr(_PACKAGES[known.package](name), known.cls, None)
     if cls is None:
         raise ImportError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_galore.config import CLASS_PREFIX, GaLoreConfig, names
+from lightning_galore.config import CLASS_PREFIX, GaLoreConfig, Rank, names
 from lightning_galore.geometry import projection_of
 from lightning_galore.target_table import Target, TargetRow, TargetTable
 
@@ -59,8 +60,11 @@ class Selector:
         self.embeddings: set[Tensor] = set()
         self.linear: set[Tensor] = set()
         self.named_embeddings: set[Tensor] = set()
+        # Of each matrix that is refused for its rank alone: the widest it could have, and the sentence that says so.
+        self.too_wide: list[tuple[int, str]] = []
         modules = [(clean_name(name), module) for name, module in model.named_modules()] if model is not None else []
         self.linear_names = [name for name, module in modules if isinstance(module, nn.Linear)]
+        self.linear_names = [name or "the model itself" for name in self.linear_names]
         for pattern, rank in config.rank_patterns if modules else ():
             if not any(names(pattern, name) for name, _ in modules):
                 raise ValueError(f"rank_pattern[{pattern!r}]={rank} names no module of the model; mend or remove it.")
@@ -112,6 +116,8 @@ class Selector:
             return None, reason
         name, config = self.names.get(param, fallback_name), self.config.for_group(group)
         projection, reason = projection_of(param, config, module=name.rpartition(".")[0], named=group.get("rank"))
+        if projection is None and not (config.by_modes and param.ndim > 2):
+            self._note_too_wide(param, config, name=name, named=group.get("rank"))
         if (
             config.compress_activations
             and param in self.linear
@@ -120,6 +126,13 @@ class Selector:
         ):
             projection, reason = replace(projection, side="right"), "(on the right: compress_activations)"
         return None if projection is None else Target(name=name, projection=projection), reason
+
+    def _note_too_wide(self, param: Tensor, config: GaLoreConfig, *, name: str, named: Rank | None) -> None:
+        short = min(param.shape[0], math.prod(param.shape[1:]))
+        widest, reckoned = (short, "min(m, n)") if named is not None else (short - 1, "min(m, n) - 1")
+        rank = config.rank_named(name.rpartition(".")[0], named=named)
+        said = f"rank={rank} is too large: the widest it may be here is {widest} ({reckoned} of {name}). Lower it."
+        self.too_wide.append((widest, said))
 
     def _reason(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Why ``param`` cannot or shall not be projected, whatever its rank; empty when it can."""
@@ -131,7 +144,7 @@ class Selector:
             if reason:
                 return reason
         if param.ndim < 2:
-            return f"order {param.ndim}: only matrices are projected"
+            return _low_order(param)
         if not param.is_floating_point():
             return f"{param.dtype} is not a real floating-point type"
         return ""
@@ -145,12 +158,16 @@ class Selector:
         if "parametrizations" in self.names[param].split("."):
             return "parametrized: the weight is computed from it"
         if param not in self.matched:
-            return "not in target_modules" if param.ndim > 1 else f"order {param.ndim}"
+            return "not in target_modules" if param.ndim > 1 else _low_order(param)
         if param in self.embeddings - self.named_embeddings:
             return "embedding, or tied to one (taken where a pattern names only embeddings)"
         if everything_linear and param in self.heads:
             return "output head (all-linear leaves it out)"
         return ""
+
+
+def _low_order(param: Tensor) -> str:
+    return f"order {param.ndim}: only matrices are projected"
 
 
 def select_targets(
@@ -198,12 +215,23 @@ def select_targets(
 
 def _no_targets_message(table: TargetTable, selector: Selector) -> str:
     config = selector.config
-    plain = {"not in target_modules", "order 0", "order 1", "not in this optimizer"}
-    refused = [f"{row.name} ({row.reason})" for row in table.rows if row.reason not in plain]
+    none_left = f"leaves no weight to project among {len(table.rows)} parameters"
+    widest, too_wide = max(selector.too_wide, key=lambda one: one[0], default=(0, ""))
+    if widest > 0:
+        return (
+            f"{too_wide} As it is, target_modules={config.target_modules!r} {none_left}: at min(m, n) and above "
+            "nothing would be saved."
+        )
+    plain = {"not in target_modules", "not in this optimizer"}
+    matched = {selector.names[param] for param in selector.matched}
+    rows = [row for row in table.rows if row.reason not in plain and (len(row.shape) > 1 or row.name in matched)]
+    # Biases beside a matrix say nothing that its own reason does not.
+    matrices = [row for row in rows if len(row.shape) > 1]
+    refused = [f"{row.name} ({row.reason})" for row in matrices or rows]
     linear = ", ".join(selector.linear_names[:8]) + (", ..." if len(selector.linear_names) > 8 else "")
     return (
         f"target_modules={config.target_modules!r} with rank={config.rank} and "
-        f"ignore_modules={config.ignore_modules!r} leaves no weight to project among {len(table.rows)} parameters. "
+        f"ignore_modules={config.ignore_modules!r} {none_left}. "
         + (f"Matched but not projected: {'; '.join(refused[:8])}. " if refused else "")
         + (f"Linear modules here: {linear}. " if linear else "There is no nn.Linear here. ")
         + "Name modules that hold matrices larger than the rank, or lower the rank."

@@ -92,7 +92,8 @@ def test_module_without_task_and_tokenizer(tmp_path: Path) -> None:
 
 def test_targets_lists_the_weights(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["targets", "-c", recipe]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Loading weights" not in err  # Transformers' bar
     assert "net.roberta.encoder.layer.0.attention.self.query.weight" in out
     assert "12 of " in out
 
@@ -140,6 +141,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "commands:"),
         (["train"], "there is no command 'train'."),
         (["fti"], "Did you mean 'fit'?"),
+        (["-c", "recipes/demo.yaml"], "give a command first: lightning-galore fit -c recipes/demo.yaml\n"),
+        (["-c", "a.yaml", "validate"], "give a command first: lightning-galore validate -c a.yaml\n"),
+        (["recipes/demo.yaml"], "give a command first: lightning-galore fit -c recipes/demo.yaml\n"),
+        (["--vresion"], "there is no option '--vresion'. Did you mean '--version'?"),
         (["fit", "--trainer.strategi=x"], "strategi"),
         (["fit"], "a model is needed: give a recipe"),
         (["fit", "-c", "none.yaml"], "none.yaml"),

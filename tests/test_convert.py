@@ -342,7 +342,10 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, An
             "8-bit.*weights only",
         ),
         (edited(lambda sd: sd["state"][0].update(RMS=1.0)), "Adafactor"),
-        (edited(lambda sd: [state.pop("projector", None) for state in sd["state"].values()]), "holds no projector"),
+        (
+            edited(lambda sd: [state.pop("projector", None) for state in sd["state"].values()]),
+            r"holds no projector.* Load the model's weights only .*in\s+model\.safetensors.* Else: give a Lightning",
+        ),
         (edited(lambda sd: sd["state"][0].update(projector=3)), "not a GaLoreProjector"),
         (edited(lambda sd: sd["state"][0].update(momentum=1)), "has the keys"),
         (edited(lambda sd: sd["state"][0].update(step=0)), "step=0"),

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_galore.base_probe import _IN_8BIT, check_moves
-from lightning_galore.named_optimizers import ALIASES, NAMED, named_optimizer
+from lightning_galore.named_optimizers import ALIASES, NAMED, named_optimizer, written
 
 
 def weight() -> nn.Parameter:
@@ -93,8 +95,9 @@ def test_names_that_the_check_of_moments_recommends_are_known() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adamw8bits", r"optimizer='adamw8bits' is not known\. Did you mean 'adamw8bit', .*Known: adamw, adamwfused,"),
+        ("adamw8bits", r"optimizer='adamw8bits' is not known\. Did you mean 'adamw8bit', .*Known: adamw, adamw_fused,"),
         ("Adam W 8 bit!", r"optimizer='Adam W 8 bit!' is not known\. Did you mean 'adamw8bit'"),
+        ("paged_adamw8bits", r"Did you mean 'paged_adamw8bit', .*, paged_adamw8bit, .*, torchao_adamw8bit,"),
         ("", r"optimizer='' is not known\. Known: adamw,"),
         ("torch.optim.NAdams", r"optimizer='torch\.optim\.NAdams' is not known"),
     ],
@@ -102,6 +105,13 @@ def test_names_that_the_check_of_moments_recommends_are_known() -> None:
 def test_unknown_name_is_refused_with_the_closest_ones(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         named_optimizer(name)
+
+
+def test_names_are_said_as_the_documentation_writes_them() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text().partition("## By name")[2]
+    documented = set(re.findall(r"`(\w+)`", page))
+    assert {written(name) for name in NAMED} <= documented
+    assert all(written(name).replace("_", "") == name for name in (*NAMED, *ALIASES))
 
 
 @pytest.mark.parametrize(

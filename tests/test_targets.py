@@ -52,7 +52,7 @@ def test_all_linear_takes_every_linear_but_the_head() -> None:
     table = select(TinyTransformer())
     assert reasons(table)["lm_head.weight"] == "output head (all-linear leaves it out)"
     assert reasons(table)["embedding.weight"] == "not in target_modules"
-    assert reasons(table)["norm.weight"] == "order 1"
+    assert reasons(table)["norm.weight"] == "order 1: only matrices are projected"
 
 
 def test_every_kind_of_parameter_has_its_reason() -> None:
@@ -181,6 +181,30 @@ def test_model_without_linear_layers_says_so() -> None:
         select(nn.Conv1d(2, 2, 2))
 
 
+def test_a_root_that_is_linear_is_named() -> None:
+    with pytest.raises(NoTargetsError, match=r"Linear modules here: the model itself\."):
+        select(nn.Linear(8, 8), target_modules="nothing")
+
+
+def test_rank_that_is_too_large_for_every_weight_is_said_first() -> None:
+    with pytest.raises(NoTargetsError) as caught:
+        select(TinyTransformer(), rank=1000)
+    text = str(caught.value)
+    assert text.startswith("rank=1000 is too large: the widest it may be here is 15 (min(m, n) - 1 of blocks.0.")
+    assert text.endswith(
+        "leaves no weight to project among 20 parameters: at min(m, n) and above nothing would be saved."
+    )
+    assert "bias" not in text
+    assert taken(TinyTransformer(), rank=15)  # the remedy is one
+    with pytest.raises(NoTargetsError, match=r"^rank=9 is too large: the widest it may be here is 7 .* of weight\)"):
+        select(nn.Linear(8, 8), rank=9)
+    # No rank would help a single row.
+    with pytest.raises(
+        NoTargetsError, match=r"Matched but not projected: weight \(min\(m, n\) = 1 <= rank = 1: [^;]*\. L"
+    ):
+        select(nn.Linear(8, 1), rank=1)
+
+
 @pytest.mark.parametrize(
     ("name", "clean"),
     [
@@ -231,7 +255,9 @@ def test_group_with_a_rank_selects_whatever_the_patterns_say() -> None:
     assert reasons(table)["lm_head.bias"] == "order 1: only matrices are projected"
     assert reasons(table)["blocks.0.up.weight"] == "not in this optimizer"
     groups[0]["rank"] = 17
-    with pytest.raises(NoTargetsError, match=r"min\(m, n\) = 16 <= rank = 17"):
+    with pytest.raises(
+        NoTargetsError, match=r"^rank=17 is too large: the widest it may be here is 16 \(min\(m, n\) of"
+    ):
         select_targets(model, groups, GaLoreConfig())
 
 

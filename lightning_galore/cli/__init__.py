@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from lightning_galore.cli.commands import COMMANDS
 from lightning_galore.cli.completion import print_script
 from lightning_galore.cli.exits import MISTAKE, PROG, TRACEBACK_FLAG, TRACEBACK_VARIABLE, exit_status
 from lightning_galore.cli.mistakes import close_to
+from lightning_galore.cli.noise import without_notices
 from lightning_galore.cli.trainer import TRAINER_COMMANDS, GaLoreCLI
 
 __all__ = ["PROG", "GaLoreCLI", "exit_status", "main"]
@@ -35,6 +37,7 @@ class _TopParser(argparse.ArgumentParser):
             epilog=f"commands:\n{rows}\n\n`{PROG} COMMAND --help` shows the options of a command.\n"
             "Exit status: 0 done, 1 the run failed, 2 a mistake in options, recipe or files, 130 Ctrl-C, 143 SIGTERM.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         self.add_argument("--version", action="version", version=f"{PROG} {__version__}")
         self.add_argument(
@@ -45,6 +48,7 @@ class _TopParser(argparse.ArgumentParser):
 
     def command_of(self, args: list[str]) -> tuple[str, list[str]]:
         """The command, and what stands after it."""
+        self._ask_for_a_command(args)
         options = self.parse_args(args)
         if options.command is None:
             self.print_help(sys.stderr)
@@ -56,6 +60,21 @@ class _TopParser(argparse.ArgumentParser):
                 f"{PROG}: error: there is no command {options.command!r}.{near}\n(`{PROG} --help` lists them)\n",
             )
         return options.command, options.options
+
+    def _ask_for_a_command(self, args: list[str]) -> None:
+        """Say what to write where the line begins with options or with a recipe."""
+        first = args[0] if args else ""
+        is_recipe = first.endswith((".yaml", ".yml")) and first not in _ALL
+        if not is_recipe and (not first.startswith("-") or first in self._option_string_actions):
+            return
+        near = "" if is_recipe else close_to(first, [name for name in self._option_string_actions if len(name) > 2])
+        if near:
+            said = f"there is no option {first!r}.{near}"
+        else:
+            named = next((arg for arg in args if arg in _ALL), "fit")
+            rest = [arg for arg in args if arg != named]
+            said = f"give a command first: {shlex.join([PROG, named, *(['-c'] if is_recipe else []), *rest])}"
+        self.exit(MISTAKE, f"{PROG}: error: {said}\n(`{PROG} --help` lists the commands)\n")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -81,4 +100,5 @@ def main(args: Sequence[str] | None = None) -> int:
             GaLoreCLI(args=[command, *options])
         return 0
 
-    return exit_status(run, prog=PROG, with_traceback=with_traceback)
+    with without_notices():
+        return exit_status(run, prog=PROG, with_traceback=with_traceback)

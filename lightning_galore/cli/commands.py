@@ -13,6 +13,7 @@ from torch.optim import AdamW
 
 from lightning_galore import GaLoreOptimizer, GaLoreStrategy
 from lightning_galore.cli.exits import PROG
+from lightning_galore.cli.noise import without_weights_bar
 from lightning_galore.cli.parsers import Parser, first_line, without_marks
 from lightning_galore.cli.trainer import GaLoreCLI, ParsedOnly
 
@@ -44,7 +45,8 @@ def targets(args: list[str]) -> None:
             f"trainer.strategy is {type(strategy).__name__}, which projects nothing. Give a configuration with "
             "trainer.strategy=lightning_galore.GaLoreStrategy, or add --trainer.strategy=galore."
         )
-    cli.model.configure_model()
+    with without_weights_bar():
+        cli.model.configure_model()
     # AdamW stands for the optimizer: which weights are taken depends on the model and the strategy's settings only.
     optimizer = GaLoreOptimizer(AdamW(cli.model.parameters()), cli.model, strategy.config)
     sys.stdout.write(f"{optimizer.targets_table()}\n")
@@ -66,6 +68,7 @@ def plan_parser() -> Parser:
 
     parser = Parser(prog=f"{PROG} plan", description=first_line(PlanOptions))
     parser.add_class_arguments(PlanOptions, as_positional=True)
+    parser.usage = f"{PROG} plan -c RECIPE.yaml [--KEY VALUE ...]\n       {PROG} plan MODEL [--KEY VALUE ...]"
     return _titled(parser)
 
 

@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from pkgutil import resolve_name
 
 from jsonargparse import ArgumentParser
@@ -34,6 +35,7 @@ _GOT = re.compile(r"\. Got value: (?P<value>.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
 _NO_OPTION = re.compile(r"(?:does not accept option|Option) '(?P<name>[^']+)'")
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<name>--[^\s=]+)")
+_NO_FILE = re.compile(r"File does not exist: '(?P<path>[^']+)'")
 _MISSING = re.compile(r"the following arguments are required: (?:\w+\.)?model$")
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a path but")
 
@@ -53,6 +55,39 @@ def close_to(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def near_files(path: Path) -> str:
+    """What may have been meant by a file that is not there: names that are near, else others of its kind."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f" Nor is there a folder {str(folder)!r}."
+    names = sorted(one.name for one in folder.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=2)
+    alike = [name for name in names if path.suffix and name.endswith(path.suffix)][:3]
+    found = " or ".join(repr(str(folder / name)) for name in near or alike)
+    return (f" Did you mean {found}?" if near else f" There is {found}.") if found else ""
+
+
+def check_checkpoint(ckpt_path: object) -> None:
+    """Refuse a checkpoint that is not there.
+
+    Args:
+        ckpt_path: As Lightning takes it: a file, a folder (of a run in parts), an address, or one of its words.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+    """
+    given = str(ckpt_path or "")
+    # Lightning looks for these itself: its words, a model registry, and file systems of other machines.
+    if given in ("", "last", "best", "hpc") or given.startswith("registry") or "://" in given:
+        return
+    path = Path(given)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"ckpt_path={given!r}: there is no such file or folder.{near_files(path)} Give a checkpoint of a run, or "
+            "one of the words last, best and hpc."
+        )
+
+
 def explain(message: str, parser: ArgumentParser) -> str:
     """A parser's error in one or two sentences, with what may have been meant.
 
@@ -65,6 +100,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
     if message.startswith("Unexpected config:"):
         found = message.removeprefix("Unexpected config:").strip().partition("\n")[0]
         return f"the configuration file must hold settings (`key: value`), not {found[:60]!r}."
+    missing = _NO_FILE.search(message)
+    if missing:
+        return f"there is no file {missing['path']!r}.{near_files(Path(missing['path']))}"
     unknown = _UNKNOWN.search(message)
     if unknown:
         return message + "." + close_to(unknown["name"], parser._option_string_actions)

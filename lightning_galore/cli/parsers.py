@@ -67,6 +67,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", PlainHelp)
         kwargs.setdefault("prog", exits.PROG)  # of the help of a class, which else has the script's file name
+        kwargs.setdefault("allow_abbrev", False)  # as in a recipe, where half a key is none
         super().__init__(*args, **kwargs)
 
     @override

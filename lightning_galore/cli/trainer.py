@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from jsonargparse import Namespace
@@ -15,9 +16,9 @@ from typing_extensions import override
 # The tasks are imported for their effect: their classes become known by their short names.
 import lightning_galore.tasks  # noqa: F401
 from lightning_galore import RandomStates, __version__
-from lightning_galore.cli import exits
+from lightning_galore.cli import endings, exits
 from lightning_galore.cli.exits import PROG
-from lightning_galore.cli.mistakes import close_to, subclasses
+from lightning_galore.cli.mistakes import check_checkpoint, close_to, subclasses
 from lightning_galore.cli.parsers import Parser
 
 TRAINER_COMMANDS = {
@@ -121,6 +122,9 @@ class GaLoreCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``, without the parent's warning when the program has a command line of its own."""
         self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
+        command = self.config.get("subcommand")
+        if command:  # before data and weights are loaded, which takes a while
+            check_checkpoint(self.config[command].get("ckpt_path"))
 
     @override
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -156,6 +160,9 @@ class GaLoreCLI(LightningCLI):
             if self._progress.begun:
                 raise exits.RunError from error
             raise
+        said = endings.after(subcommand, self.trainer)
+        if said and self.trainer.is_global_zero:
+            sys.stderr.write(f"{PROG}: {said}\n")
 
     def _how_to_go_on(self, subcommand: str) -> str:
         if subcommand != "fit":

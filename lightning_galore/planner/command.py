@@ -18,7 +18,7 @@ from lightning_galore.planner.fakes import Job, Loop
 from lightning_galore.planner.planning import plan
 from lightning_galore.planner.results import Plan
 from lightning_galore.planner.sharing import Sharding
-from lightning_galore.planner.sources import Head
+from lightning_galore.planner.sources import Head, missing_file
 from lightning_galore.planner.table import console_for, show, unit_of, waiting
 
 
@@ -46,9 +46,9 @@ class PlanOptions:
     """Will it fit? Memory of a training run before it runs, for several ways to train, with nothing allocated.
 
     Args:
-        source: A recipe (``.yaml``), a model by a short name (``llama-7b``, ``llama-1b``, ``roberta-base``, ...), a
-            Transformers ``config.json`` or its folder, a model type (``gpt2``), or a hub name whose ``config.json`` is
-            cached.
+        source: A recipe (``recipe.yaml`` or, as the other commands take it, ``-c recipe.yaml``), a model by a short
+            name (``llama-7b``, ``llama-1b``, ``roberta-base``, ...), a Transformers ``config.json`` or its folder, a
+            model type (``gpt2``), or a hub name whose ``config.json`` is cached.
         rank: Of the low-rank ways, an integer or a fraction of the short side. By default that of the recipe, else
             128. With ``budget``, a rank that is not given is chosen.
         batch_size: Sequences a batch on each device. By default the recipe's, else 1. With ``budget``, one that is not
@@ -60,7 +60,7 @@ class PlanOptions:
         candidates: Which ways to train, by name: ``recipe`` (as the recipe itself does), ``adamw``, ``adamw-8bit``,
             ``galore-step``, ``galore-project``, ``galore-layerwise``, ``galore-8bit``, ``q-galore``, ``lora``: these by
             default. Besides ``galore-fused``, ``galore-compressed``, ``apollo``, ``apollo-mini``; ``all`` for all.
-        optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU; ``adamwforeach``: on
+        optimizer: Another optimizer for all of them, by name (``adamw``: as torch steps on a CPU; ``adamw_foreach``: on
             a GPU).
         proj_type: Which side is projected.
         target_modules: Which weights are projected.
@@ -141,6 +141,8 @@ def run(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
 
 def _found(options: PlanOptions, read_recipe: ReadRecipe) -> Plan:
     if options.source.endswith((".yaml", ".yml")):
+        if not Path(options.source).expanduser().exists():
+            raise FileNotFoundError(missing_file(options.source, "Give a recipe, a config.json or a model by name."))
         read = read_recipe(options.source, options)
         choices = dict(options.choices)
         if choices["checkpointing"] is None:

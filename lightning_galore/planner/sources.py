@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +105,7 @@ def hugging_face_config(name: str, *, download: bool = False, **settings: Any) -
 
     Raises:
         ValueError: If nothing is known of the name without the network, or it asks for code of its own.
+        FileNotFoundError: If it is the path of a file that is not there.
     """
     transformers = _transformers()
     if name.lower() in BUILT_IN:
@@ -113,21 +117,66 @@ def hugging_face_config(name: str, *, download: bool = False, **settings: Any) -
 
 def _from_files(transformers: Any, name: str, *, download: bool, settings: dict[str, Any]) -> Any:
     auto = transformers.AutoConfig
-    path = Path(name)
-    local = path.exists()
-    if not local and name in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+    types = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    local = Path(name).exists()
+    if not local and name in types:
         return auto.for_model(name, **settings)
+    if not local and is_path(name):
+        raise FileNotFoundError(
+            missing_file(name, "Give a config.json, the folder that holds one, or a recipe (.yaml).")
+        )
     try:
         # A file alone may have any name; the rest of a folder or of the hub is never read.
         return auto.from_pretrained(name, local_files_only=local or not download, trust_remote_code=False, **settings)
     except (OSError, ValueError) as error:
-        remedy = (
-            "Give a config.json with a model_type that Transformers knows; code that comes with a model is never run."
-            if local
-            else f"Known by name: {', '.join(BUILT_IN)}. Also: a config.json or its folder, a model type (gpt2, bert, "
-            "qwen3), a hub name whose config.json is cached, or --download true to fetch that file (no weights)."
-        )
-        raise ValueError(f"model={name!r} cannot be planned: {str(error).splitlines()[0]} {remedy}") from error
+        said = f"{str(error).splitlines()[0].rstrip('. ')}."
+        if local:
+            remedy = "Give a config.json with a model_type that Transformers knows"
+            raise ValueError(
+                f"model={name!r} cannot be planned: {said} {remedy}; code that comes with a model is never run."
+            ) from error
+        # Without a download an OSError says that the hub cannot be reached, which nobody has tried.
+        if not download and isinstance(error, OSError):
+            said = (
+                "There is no such file or folder here, nor a config.json of that name in the cache of the Hugging Face "
+                "hub, which is not asked without --download true (that file only, no weights)."
+            )
+        raise ValueError(
+            f"model={name!r} cannot be planned.{_near(name, (*BUILT_IN, *types))} {said} Known by name: "
+            f"{', '.join(BUILT_IN)}; also a config.json or its folder, or a model type (gpt2, bert, qwen3)."
+        ) from error
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be meant as a file or folder: ``organisation/model`` may be one on the hub.
+
+    Example:
+        >>> [is_path(name) for name in ("./config.json", "runs/a/b", "llama.json", "gpt2", "org/model")]
+        [True, True, True, False, False]
+    """
+    separators = [part for part in (os.sep, os.altsep) if part]
+    return (
+        name.startswith((".", "~", *separators))
+        or name.endswith(tuple(separators))
+        or name.lower().endswith((".json", ".yaml", ".yml"))
+        or sum(map(name.count, separators)) > 1
+    )
+
+
+def missing_file(name: str, remedy: str) -> str:
+    """That a file is not there, and which of its folder's is near."""
+    path = Path(name).expanduser()
+    if not path.parent.is_dir():
+        return f"source={name!r}: there is no such file, nor a folder {str(path.parent)!r}. {remedy}"
+    near = difflib.get_close_matches(path.name, [one.name for one in path.parent.iterdir()], n=1)
+    meant = f" Did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+    return f"source={name!r}: there is no such file.{meant} {remedy}"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """A question that names what is near, or nothing. Close ones only: most names begin alike."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.8)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _head_of(config: Any) -> Head:

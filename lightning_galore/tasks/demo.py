@@ -19,6 +19,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from lightning_galore.cli import GaLoreCLI, exit_status
+from lightning_galore.cli.noise import without_notices
 from lightning_galore.optimizer import GaLoreOptimizer
 from lightning_galore.storage import nbytes
 from lightning_galore.tasks.extras import require
@@ -117,7 +118,7 @@ def _train(name: str, config: Path, output_dir: Path, overrides: list[str]) -> R
     trainer, model, data = cli.trainer, cast("GlueModule", cli.model), cast("GlueDataModule", cli.datamodule)
     _fit(trainer, model, data)
     # Written over the one of an earlier demo: each takes 200 MB and more.
-    trainer.save_checkpoint(folder / "last.ckpt")
+    trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)  # said, or Lightning tells of its default
     optimizer = trainer.optimizers[0]
     targets = optimizer.targets if isinstance(optimizer, GaLoreOptimizer) else {}
     if name == "galore" and not targets:
@@ -227,7 +228,8 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"The demo missed its mark: {shortfall}.\n")
         return 1 if shortfalls else 0
 
-    return exit_status(run, prog=_PROG)
+    with without_notices():
+        return exit_status(run, prog=_PROG)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def hub_rows(dataset: str, name: str | None, split: str) -> Any:
         return require("datasets").load_dataset(dataset, name, split=split, streaming=True)
     except (OSError, ValueError) as error:  # no connection, offline mode, no such data set or split
         raise ConnectionError(
-            f"Cannot read the {split} split of {dataset!r}, {name!r}, from the Hugging Face hub: {error} "
+            f"Cannot read the {split} split of {dataset!r}, {name!r}, from the Hugging Face hub: "
+            f"{str(error).rstrip('. ')}. "
             "Give local files with data.files=... (JSON lines, Parquet or text) instead."
         ) from error
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_galore.cli import main
-from lightning_galore.cli.mistakes import close_to, explain
+from lightning_galore.cli import GaLoreCLI, main
+from lightning_galore.cli.mistakes import check_checkpoint, close_to, explain
 from lightning_galore.cli.parsers import Parser, without_marks
 
 GAN = str(Path(__file__).parents[2] / "recipes" / "gan.yaml")
@@ -45,6 +45,9 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["--model", "RingGann"], "model: there is no class 'RingGann'. Did you mean 'RingGan'?"),
         (["--model.hiden", "3"], "model (RingGan): there is no option 'hiden'. Did you mean 'hidden'?"),
         (["--optimizer", "AdmW"], "Did you mean 'AdamW' or 'Adam'"),
+        (["--trainer.max_epoch", "3"], "--trainer.max_epoch 3. Did you mean '--trainer.max_epochs'"),
+        (["--trainer.max_epoch=3"], "Did you mean '--trainer.max_epochs'"),
+        (["--print_confi"], "Did you mean '--print_config'"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -84,6 +87,46 @@ def test_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "does not exist" in said(capsys, "convert", str(tmp_path / "none"), str(tmp_path / "new"))
     assert "does not exist" in said(capsys, "export", str(tmp_path / "none"), str(tmp_path / "new"))
     assert "llama-60m" in said(capsys, "plan", "llama-60")
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_made(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(self: object) -> None:
+        raise AssertionError("made before the checkpoint was looked for")
+
+    monkeypatch.setattr(GaLoreCLI, "instantiate_classes", unwanted)
+    (tmp_path / "last.ckpt").touch()
+    wrong = str(tmp_path / "lats.ckpt")
+    err = said(capsys, command, "-c", GAN, "--ckpt_path", wrong)
+    assert f"ckpt_path='{wrong}': there is no such file or folder. Did you mean '{tmp_path / 'last.ckpt'}'?" in err
+    assert "There is " in said(capsys, command, "-c", GAN, "--ckpt_path", str(tmp_path / "epoch=9.ckpt"))
+    assert "Nor is there a folder" in said(capsys, command, "-c", GAN, "--ckpt_path", str(tmp_path / "no" / "a.ckpt"))
+
+
+@pytest.mark.parametrize("given", [None, "last", "best", "hpc", "registry:a:b", "s3://bucket/a.ckpt"])
+def test_what_lightning_looks_for_itself_is_left_to_it(given: str | None) -> None:
+    check_checkpoint(given)
+
+
+def test_files_and_folders_of_checkpoints_pass(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").touch()
+    check_checkpoint(tmp_path / "a.ckpt")
+    check_checkpoint(str(tmp_path))  # of a run in parts
+
+
+def test_targets_needs_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Though the configuration that a run has saved may name one, which is gone since."""
+    (tmp_path / "saved.yaml").write_text(Path(GAN).read_text() + "\nckpt_path: gone.ckpt\n")
+    assert main(["targets", "-c", str(tmp_path / "saved.yaml")]) == 0
+    assert "gone.ckpt" in said(capsys, "validate", "-c", str(tmp_path / "saved.yaml"))
+
+
+def test_a_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    err = said(capsys, "fit", "-c", str(Path(GAN).with_name("gann.yaml")))
+    assert "there is no file" in err
+    assert f"Did you mean '{GAN}'" in err
 
 
 def test_parse_errors_have_a_traceback_on_demand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,7 +174,11 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         main(["plan", "llama-60m", "--rank=many"])
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
-    assert "24GB" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "24GB" in text
+    assert "usage: lightning-galore plan -c RECIPE.yaml" in text
+    assert main(["plan", "-c", str(RECIPES / "dmo.yaml")]) == 2
+    assert "there is no such file. Did you mean" in capsys.readouterr().err
 
 
 def test_importing_the_package_brings_no_transformers_of_its_own() -> None:

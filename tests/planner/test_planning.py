@@ -273,10 +273,29 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 
 def test_refused_names() -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match="model='no/such' cannot be planned: .*llama-7b.*download"):
+    with pytest.raises(
+        ValueError, match="model='no/such' cannot be planned.* is not asked without --download true.*llama-7b"
+    ):
         plan("no/such")
+    with pytest.raises(
+        ValueError, match=r"^model='llama-60' cannot be planned\. Did you mean 'llama-60m'\? There is no"
+    ):
+        plan("llama-60")
     with pytest.raises(ValueError, match="sequence_length=4096 is more than llama-60m takes; 2048"):
         plan("llama-60m", sequence_length=4096)
+
+
+@pytest.mark.parametrize("name", ["./config.json", "some/deep/folder", "model.json", "run/"])
+def test_a_path_that_is_not_there_is_said_to_be_none(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"^source='{name}': there is no such file"):
+        plan(name, download=True)
+    (tmp_path / "configs.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'configs\.json'\?"):
+        plan("./config.json")
 
 
 def test_a_step_without_a_loss_is_said() -> None:

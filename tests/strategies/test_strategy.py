@@ -287,7 +287,7 @@ def test_tables_say_what_is_projected_and_why_not(caplog: pytest.LogCaptureFixtu
     assert {row.name for row in table.taken} == set(PROJECTED)
     reasons = {row.name: row.reason for row in table.rows}
     assert reasons["head.weight"] == "output head (all-linear leaves it out)"
-    assert reasons["body.3.weight"] == "order 1"
+    assert reasons["body.3.weight"] == "order 1: only matrices are projected"
     assert len(table.rows) == 8
     assert "2 of 8 parameters are projected, 320 of 424 entries" in caplog.text
 

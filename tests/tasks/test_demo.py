@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import tarfile
 from importlib.util import find_spec
@@ -38,10 +39,12 @@ def small(tiny_model: str, tmp_path: Path) -> list[str]:
 
 
 def test_demo_compares_two_runs_and_reports_what_it_measured(
-    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     args = small(tiny_model, tmp_path)
-    assert demo.main([*args, "--min_accuracy=0", "--min_ratio=1.5", "--trainer.strategy.rank=4"]) == 0
+    with caplog.at_level(logging.INFO):
+        assert demo.main([*args, "--min_accuracy=0", "--min_ratio=1.5", "--trainer.strategy.rank=4"]) == 0
+    assert "`weights_only` was not set" not in caplog.text
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     full, galore = report["full"], report["galore"]
     # Two moments of 4 bytes and a step counter of 4 bytes; in GaLore m x r twice and the basis n x r.
