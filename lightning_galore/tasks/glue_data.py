@@ -192,7 +192,8 @@ class GlueDataModule(ResumableData):
         except OSError as error:  # no connection, offline mode, or not in the cache
             raise ConnectionError(
                 f"Cannot load {_HUB_NAME}, task={self.task.name!r}, from the Hugging Face hub: "
-                f"{str(error).rstrip('. ')}. Give local files with data_dir=... or train_file=... and validation_file=... instead."
+                f"{str(error).rstrip('. ')}. Give local files with data_dir=..., or train_file=... and "
+                "validation_file=..., instead."
             ) from error
 
     def _load_local(self) -> "dict[str, Dataset]":
