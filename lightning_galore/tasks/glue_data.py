@@ -191,8 +191,9 @@ class GlueDataModule(ResumableData):
             return dict(datasets.load_dataset(_HUB_NAME, self.task.name))
         except OSError as error:  # no connection, offline mode, or not in the cache
             raise ConnectionError(
-                f"Cannot load {_HUB_NAME}, task={self.task.name!r}, from the Hugging Face hub: {str(error).rstrip('. ')}. "
-                "Give local files with data_dir=... or train_file=... and validation_file=... instead."
+                f"Cannot load {_HUB_NAME}, task={self.task.name!r}, from the Hugging Face hub: "
+                f"{str(error).rstrip('. ')}. Give local files with data_dir=..., or train_file=... and "
+                "validation_file=..., instead."
             ) from error
 
     def _load_local(self) -> "dict[str, Dataset]":
