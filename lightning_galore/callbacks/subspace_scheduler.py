@@ -112,7 +112,9 @@ class SubspaceScheduler(Callback):
                 return
             raise MisconfigurationException(f"{missing}. Use Trainer(strategy=GaLoreStrategy(...)).")
         folder = trainer.log_dir or trainer.default_root_dir  # asks all processes
-        if self.write_refreshes and trainer.loggers and trainer.is_global_zero:
+        # fast_dev_run replaces the logger by one without a folder: the table would land in the working one.
+        logged = bool(trainer.loggers) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.write_refreshes and logged and trainer.is_global_zero:
             self._log = RefreshLog(Path(folder), every=max(1, trainer.log_every_n_steps))  # type: ignore[attr-defined]
         for index, optimizer in enumerate(self._optimizers):
             if self.settings:

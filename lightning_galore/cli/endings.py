@@ -61,7 +61,7 @@ def _can_be_drawn(folder: Path) -> bool:
     from lightning_galore.report.find import locate
 
     try:
-        return locate(folder).folder == folder
+        return locate(folder)[0].folder == folder
     except (OSError, ValueError):  # nothing was logged, or what was needs a package that is not there
         return False
 

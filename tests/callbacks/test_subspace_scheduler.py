@@ -217,6 +217,12 @@ def test_a_watcher_lets_a_full_rank_run_go_on(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("galore_refreshes.csv"))
 
 
+def test_a_fast_dev_run_writes_nothing_into_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(SubspaceScheduler(update_proj_gap=1), logger=CSVLogger(tmp_path / "logs"), fast_dev_run=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_value_out_of_range_is_refused_before_the_first_step() -> None:
     model = Tiny(adamw)
     with pytest.raises(ValueError, match="update_proj_gap=0 must be at least 1"):
