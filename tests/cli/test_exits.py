@@ -86,11 +86,12 @@ def test_out_of_memory_names_the_plan(recipe: Callable[..., list[str]], capsys: 
 def test_ctrl_c_says_how_to_go_on_and_one_can(
     recipe: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    # Lightning disables it at each Ctrl-C, as the process is about to end: an earlier test may have left it so.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(recipe(how="interrupt", at=2)) == 130
         assert "interrupted: no checkpoint has been written yet." in capsys.readouterr().err
-        signal.signal(signal.SIGINT, handler)  # Lightning has disabled it, as the process is about to end
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         assert main(recipe(how="interrupt", at=6)) == 130
     finally:
         signal.signal(signal.SIGINT, handler)
