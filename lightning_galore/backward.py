@@ -71,7 +71,7 @@ class GradientHooks:
         self.armed = True
         # Whether someone has said that it is not.
         self.held = False
-        self._warned = False
+        self._warned = self._warned_of_another = False
         self._due: dict[Tensor, bool] = {}
         self._fused: dict[Tensor, bool] = {}
         self._moved: dict[Tensor, None] = {}  # an ordered set, so that sums over it repeat
@@ -155,8 +155,8 @@ class GradientHooks:
             self._consume(param, consumer)
 
     def _warn_of_another(self, param: Tensor) -> None:
-        if not self._warned:
-            self._warned = True
+        if not self._warned_of_another:
+            self._warned_of_another = True
             warnings.warn(
                 f"The gradient of a parameter of shape {tuple(param.shape)} had been taken before this optimizer saw "
                 "it, so it does not move here. Another GaLoreOptimizer of the same parameters does that, in the "

@@ -72,7 +72,10 @@ class RandomStates(Callback):
 
 
 def _states(device: torch.device) -> dict[str, Any]:
-    """Tensors, numbers and strings only: a checkpoint stays one that is loaded without unpickling objects."""
+    """Tensors, numbers and strings only: a checkpoint stays one that is loaded without unpickling objects.
+
+    Lightning's private ``_collect_rng_states`` gives numpy's arrays, and wakes every GPU in each process.
+    """
     kind, keys, *rest = np.random.get_state(legacy=True)
     version, own, gauss = random.getstate()
     return {

@@ -37,9 +37,8 @@ class GradientScale(Lift):
         ratios = norm_ratios(update, dims)
         length = torch.linalg.vector_norm(ratios * norms(update.grad, dims))
         factors = ratios * limit(length / update.lr, update.entries)
-        _add_scaled_(
-            weight, update.grad, factors * (update.scale if update.ascends else -update.scale), shrink=update.shrink
-        )
+        factors *= update.scale if update.ascends else -update.scale
+        _add_scaled_(weight, update.grad, factors, shrink=update.shrink)
 
     @override
     def kept_shapes(self, projection: Projection) -> dict[str, tuple[int, ...]]:
